@@ -13,7 +13,7 @@ No reader of a stream sees these events: of the answer is shown what a plain `ds
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any, Final
 
@@ -44,7 +44,8 @@ def refusal(text: str, *, part: int | None = None, apart: int | None = None) -> 
 
     Args:
         text: the piece.
-        part: where the next event makes text of it: the number of the part of the answer that this came for.
+        part: where the next event makes text of it: the number of the part of the answer that this came for. Where
+            lm15 ends the text at `stop`, that event has less of it, or does not come.
         apart: the number of the part in which it stands instead.
     """
     return _event(REFUSAL, {"text": text, "part": part}, apart)
@@ -92,13 +93,14 @@ def asides_in(data: str) -> Iterator[StreamDeltaEvent]:
 class Asides:
     """What a stream has told beside its answer."""
 
-    __slots__ = ("_beginning", "_counted", "_done", "_more", "_part", "_refusal")
+    __slots__ = ("_beginning", "_counted", "_done", "_left", "_more", "_part", "_refusal")
 
     def __init__(self) -> None:
         self._beginning: Mapping[str, Any] | None = None
         self._counted: Mapping[str, Any] | None = None
         self._more = self._done = False
         self._refusal: list[str] = []
+        self._left: list[str] = []
         self._part: int | None = None
 
     def takes(self, event: Any) -> bool:
@@ -114,6 +116,8 @@ class Asides:
         if delta.kind == REFUSAL:
             self._refusal.append(delta.data["text"])
             self._part = delta.data["part"]
+            if self._part is None:  # no text is made of it
+                self._left.append(delta.data["text"])
             self._adds(True)
         elif delta.kind == _BEGINNING:
             self._beginning = delta.data
@@ -135,6 +139,7 @@ class Asides:
         part, self._part = self._part, None
         if part is None or event.type != "delta" or event.delta.type != "text":
             return None
+        self._left.append(event.delta.text)
         return replace(event, delta=replace(event.delta, part_index=part))
 
     def ended(self, end: StreamEndEvent) -> StreamEndEvent:
@@ -169,7 +174,17 @@ class Asides:
             return response
         message = response.message
         parts = [part for part in message.parts if part.type != "text" or part.text]
-        return replace(response, message=replace(message, parts=(*parts, RefusalPart(text="".join(self._refusal)))))
+        return replace(response, message=replace(message, parts=(*parts, refused(self._left, self._refusal))))
+
+
+def refused(left: Iterable[str], said: Iterable[str]) -> RefusalPart:
+    """The part for a refusal.
+
+    Args:
+        left: what `stop` has left of it. said: all that came; where nothing is left, that it refused is still to be
+            told, and such a part is never empty.
+    """
+    return RefusalPart(text="".join(left) or "".join(said))
 
 
 def _event(kind: str, data: dict[str, Any], part: int | None = None) -> StreamDeltaEvent:

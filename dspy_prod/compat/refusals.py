@@ -1,7 +1,8 @@
 """Refusals of which lm15 makes text: in streams of the Responses API, and in whole answers that it makes of such.
 
 Where it ends a text at `stop` itself, a whole answer is a stream to it. What of a text came as a refusal is not to be
-found by its words, which may stand anywhere, and be cut: as it comes it is put in a part of its own.
+found by its words, which may stand anywhere, and be cut: as it comes it is put in a part of its own. What stands behind
+`stop` is no part of it either.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Final
 
-from dspy.lm15 import RefusalPart, Response
+from dspy.lm15 import Response
 
-from dspy_prod.compat.asides import OWN, REFUSAL, refusal
+from dspy_prod.compat.asides import OWN, REFUSAL, refusal, refused
 
 _APART: Final = 2**62
 """The number of that part, behind all that a provider has."""
@@ -50,10 +51,14 @@ def without_asides(response: Response) -> Response:
     parts = [part for part in message.parts if not _told_in(part.continuation)]
     if len(others) == len(message.continuation) and len(parts) == len(message.parts):
         return response
-    said = [*_told_in(message.continuation), *(text for part in message.parts for text in _told_in(part.continuation))]
+    said, left = _told_in(message.continuation), _told_in(message.continuation)
+    for part in message.parts:
+        if told := _told_in(part.continuation):
+            said += told
+            left.append(getattr(part, "text", ""))  # as lm15 has cut it
     if said:
         kept = [part for part in parts if part.type != "text" or part.text]
-        parts = [*kept, RefusalPart(text="".join(said))]
+        parts = [*kept, refused(left, said)]
     return replace(response, message=replace(message, parts=tuple(parts), continuation=others))
 
 

@@ -14,7 +14,7 @@ from dspy_prod.experiments.shadow import OURS, Answered, list_nano
 from dspy_prod.experiments.variants import Variant
 from dspy_prod.options.experiments import SHADOW
 from dspy_prod.production.collecting import Records
-from dspy_prod.production.leaving import LEFT, Here
+from dspy_prod.production.leaving import Caller
 from dspy_prod.production.reasons import reason_of
 from dspy_prod.production.report import CallReport, report_of
 from dspy_prod.records import NANO
@@ -39,7 +39,7 @@ class Turn:
     __slots__ = (
         "_made",
         *("_at", "_began", "_ended", "_failed", "_fell_back", "_place", "_records", "_scope", "_trace", "_trials"),
-        *("_call", "_flight", "_flights", "_here", "_inner", "_refused", "_report", "_told", "_until"),
+        *("_call", "_caller", "_flight", "_flights", "_inner", "_refused", "_report", "_told", "_until"),
         *("over", "prediction", "unpriced", "variant"),
     )
 
@@ -66,7 +66,7 @@ class Turn:
         self._flight: Flight | None = None
         if flights is not None and trials is not None and place is not None and place.unit is not None:
             self._flight = flights.flight(place.unit, outer.deadline)
-        self._here = Here()
+        self._caller = Caller()
         self._told = self.over = False
         self._call: Call | None = None
         self._trace = outer.trace_id
@@ -76,7 +76,7 @@ class Turn:
 
     def __enter__(self) -> Turn:
         REAPER.start()  # there may have been no thread to be had, or no LM of ours in the process
-        self._here.begin()
+        self._caller.begin()
         if self._flights is not None and self._flight is not None:
             self._flights.begin(self._flight)
         self._scope = begin(self._inner)
@@ -97,14 +97,14 @@ class Turn:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        failed = isinstance(error, Exception) and not hasattr(error, LEFT) and not self._here.closed()
+        failed = isinstance(error, Exception) and not self._caller.left(error)
         self._ended, self._failed = error is None or failed, failed
         self._refused |= self._failed and error is not None and reason_of(error) in OURS
         self._refused = self._refused and not self._records.has_hung(error, self._report)  # sent: it has failed
         self._until = time.monotonic()
-        self._here.end()
         if self._scope is not None:
             self._scope.end()
+        self._caller.end()
         if self._ended:
             self.end()
         else:  # perhaps inside the garbage collector, on a thread that has a lock which this takes

@@ -26,6 +26,8 @@ from dspy_prod.optimize.racing import Contest
 from dspy_prod.optimize.recognizing import Candidates
 from dspy_prod.optimize.seen import Seen
 from dspy_prod.optimize.states import key_of
+from dspy_prod.production.leaving import Here
+from dspy_prod.runtime.reaper import REAPER
 
 _SEVERAL: Final = 4
 """Examples that a state must have answered to count as a candidate where nothing is evaluated as a whole."""
@@ -40,10 +42,11 @@ FAILURE: Final = 0.0
 class _Call:
     """A call of a program that is going on."""
 
-    __slots__ = ("answering", "counts", "inputs", "seen")
+    __slots__ = ("answering", "counts", "here", "inputs", "seen")
 
     def __init__(self, seen: Seen, counts: bool, answering: Answering, inputs: Mapping[str, Any]) -> None:
         self.seen, self.counts, self.answering, self.inputs = seen, counts, answering, inputs
+        self.here = _begun()
 
 
 class Camera(BaseCallback):
@@ -61,8 +64,8 @@ class Camera(BaseCallback):
         loose: what answers several examples is a candidate, also outside of evaluations.
 
     Attributes:
-        candidates: all that were seen. latest: the best complete one. in_flight: calls of LMs that are going on.
-        keys: of the selection set, in order.
+        candidates: all that were seen. latest: the best complete one. in_flight: calls of LMs that are going on,
+            and where. keys: of the selection set, in order.
     """
 
     def __init__(
@@ -91,7 +94,7 @@ class Camera(BaseCallback):
         self._lock = threading.Lock()
         self._last = threading.local()
         self._calls: dict[str, _Call] = {}
-        self.in_flight: set[str] = set()
+        self.in_flight: dict[str, Here] = {}
         self._evaluations: dict[str, tuple[Seen, list[str], Any]] = {}
         self.latest: Seen | None = None
         self.example_keys: dict[int, str] = {id(example): key_of(example) for example in [*others, *selection]}
@@ -119,6 +122,8 @@ class Camera(BaseCallback):
         if call is None:
             return
         call.answering.end()
+        if _is_collected(call.here, exception):
+            return  # nor was there an answer of this thread's
         if not call.counts or call.answering.refused:  # a program may answer all the same, but that is no answer
             self._last.answer = None
             return
@@ -133,11 +138,14 @@ class Camera(BaseCallback):
 
     def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         """Know what is on its way."""
-        self.in_flight.add(call_id)
+        self.in_flight[call_id] = _begun()
 
     def on_lm_end(self, call_id: str, outputs: Any | None, exception: BaseException | None = None) -> None:
         """See refusals, wherever they end up."""
-        self.in_flight.discard(call_id)
+        here = self.in_flight.pop(call_id, None)
+        if here is not None and _is_collected(here, exception):
+            REAPER.post(self._on_answer)
+            return
         self._on_answer()
         if isinstance(exception, LMError) and self._judge.refused(exception):
             Answering.spoil()
@@ -235,12 +243,26 @@ class Camera(BaseCallback):
         return len(self.keys) - seen.answered
 
     def flying(self, seen: Seen) -> int:
-        """How many calls of it are going on."""
-        return sum(call.seen is seen for call in list(self._calls.values()))
+        """How many examples of the selection set it has yet to answer and is at: each once, and no others."""
+        going_on = [call for call in list(self._calls.values()) if call.seen is seen and call.counts]
+        asked = {self._by_inputs.get(key_of(call.inputs)) for call in going_on}
+        return sum(key in self._selected and key not in seen.scores for key in asked)
 
     def key(self, example: Any) -> str:
         """The key of an example, of the run's data sets or of somebody else's."""
         return self.example_keys.get(id(example)) or key_of(example)
+
+
+def _begun() -> Here:
+    here = Here()
+    here.begin()
+    return here
+
+
+def _is_collected(here: Here, error: BaseException | None) -> bool:
+    """Whether a call has not ended, but is closed since nobody waits for it: perhaps by the garbage collector, on a
+    thread that holds a lock of the run's, so that nothing may be done there which takes one."""
+    return not here.end() or isinstance(error, GeneratorExit)
 
 
 def _inputs_key(example: Any) -> str:

@@ -108,10 +108,6 @@ class Phases(ABC):
             if self.gate.reason is not None and self.gate.reason not in GOES_ON:
                 return
 
-    def keep_reserve(self) -> float | None:
-        """Keep back what finalists need, and tell when the search has to end."""
-        return self.reserve.keep(self.run, self.ends)
-
     # -- each of them --------------------------------------------------------------------------------------------------
     def _baseline(self, given: Seen) -> None:
         scores = self.metrics.scores
@@ -135,7 +131,7 @@ class Phases(ABC):
         self.phase = self.sums.phase = "search"
         self.judge.largest_usd = self.sums.largest_usd
         self.camera.lineage.restart()
-        self.search_ends = self.keep_reserve()
+        self.search_ends = self.reserve.keep(self.run, self.ends)
         student = copy_of(task.student)  # an optimizer may change the one that it is given
         mark_compiled(student, False)  # some refuse what another one has made, or they themselves
         call = fitting(task.optimizer, student, task.arguments)

@@ -67,15 +67,43 @@ class Reserve:
         self._calls_each = 1.0  # calls of LMs for an answer of the program
         self.calls_left = inf
         self._keeping = threading.Lock()
+        self._due = self._over = False
 
     def keep(self, run: Run, ends: float | None, *, final: bool = False) -> float | None:
         """Lower the caps by the reserve, and tell when the search has to end, on the monotonic clock.
+
+        Once only the test set is thought of, or nothing is kept any more, the search has no say.
 
         Args:
             run: whose caps. ends: when all has to end. final: only the test set is left to be thought of.
         """
         with self._keeping:  # whoever looked before another must not have the last word on the caps
-            return self._keep(run, ends, final)
+            if self._over and not final:
+                return ends
+            self._over = final
+            found = self._keep(run, ends, final)
+        self._catch_up(run, ends)
+        return found
+
+    def look(self, run: Run, ends: float | None) -> None:
+        """Keep what is needed now, since an LM has answered; whoever is at it does it once more instead.
+
+        So nobody waits here, not even for himself: a finaliser may come in between that looks, too.
+
+        Args:
+            run: whose caps. ends: when all has to end.
+        """
+        self._due = True
+        self._catch_up(run, ends)
+
+    def _catch_up(self, run: Run, ends: float | None) -> None:
+        while self._due and self._keeping.acquire(blocking=False):
+            try:
+                self._due = False
+                if not self._over:
+                    self._keep(run, ends, final=False)
+            finally:
+                self._keeping.release()  # then look again: somebody may have found it taken
 
     def _keep(self, run: Run, ends: float | None, final: bool) -> float | None:
         lacking = [] if self._at_first is None else self._lack()  # first: answers that come meanwhile are spent, too
@@ -103,8 +131,10 @@ class Reserve:
         return _within(lacking.whole, {name: left[name] - tests[name] for name in left})
 
     def free(self, run: Run) -> None:
-        """Give the reserve to whoever calls now."""
-        self._allow(run, dict.fromkeys(("usd", "calls", "tokens"), 0.0))
+        """Give the reserve to whoever calls now, for good."""
+        with self._keeping:
+            self._over = True
+            self._allow(run, dict.fromkeys(("usd", "calls", "tokens"), 0.0))
 
     # -- how much ------------------------------------------------------------------------------------------------------
     def _for_finalists(self, room: Amounts, lacking: list[Lacking]) -> Amounts:

@@ -176,7 +176,7 @@ class Session(Phases):
             return
         self._answers += 1
         if self._answers >= self._looks_at:
-            self.keep_reserve()
+            self.reserve.look(self.run, self.ends)
             self._looks_at = self._answers + max(1, int(min(self.reserve.calls_left / 4, _ANSWERS)))
 
     def _on_candidate(self, seen: Seen) -> None:

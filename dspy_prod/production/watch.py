@@ -9,13 +9,12 @@ from typing import Any, Literal
 
 import dspy
 from dspy.dsp.utils.settings import settings as dspy_settings
-from dspy.streaming.messages import StatusMessage
 
 from dspy_prod.context.current import SETTING, CallContext
 from dspy_prod.context.scoring import is_raising
 from dspy_prod.privacy.error_text import error_text
 from dspy_prod.production.collecting import Records
-from dspy_prod.production.leaving import LEFT, Here, loop_ended
+from dspy_prod.production.leaving import Caller
 from dspy_prod.production.reasons import REFUSALS, Reason, reason_of
 from dspy_prod.production.report import CallReport, Status, TokenUsage, attach, report_of
 from dspy_prod.records import ANSWERED, NANO, CallRecord
@@ -26,27 +25,6 @@ from dspy_prod.stores.programs import ProgramCall, ProgramCalls
 
 Raised = Literal["refused", "error", "abandoned"]
 """How a call ended that returned nothing."""
-
-
-class _Stream:
-    """A stream that knows whether something of an answer was sent through it, and whether its reader has gone."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self.visible = self.left = False
-
-    async def send(self, item: Any) -> None:
-        """Send an item."""
-        if not isinstance(item, StatusMessage):
-            self.visible = True
-        try:
-            await self._stream.send(item)
-        except Exception:
-            self.left = True
-            raise
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 class _Calls:
@@ -83,28 +61,21 @@ class Watch:
         self._clock = clock
         self._began_at = clock.time()
         self._started = clock.monotonic()
-        self._stream: _Stream | None = None
         self._before_fallback = (0, 0)
-        self._here = Here()
+        self._caller = Caller()
         self._finished = False
 
     @property
     def visible(self) -> bool:
-        return self._stream is not None and self._stream.visible
+        return self._caller.sees_something
 
     def left(self, error: BaseException) -> bool:
-        """Whether an error only says that whoever waited has gone, so that nobody is to be answered: the reader of the
-        stream, the loop with the reader in it, or all who held the call. Perhaps inside the garbage collector."""
-        stream = self._stream
-        return (
-            hasattr(error, LEFT)
-            or (stream is not None and (stream.left or loop_ended(error)))
-            or self._here.closed()
-        )  # fmt: skip
+        """Whether an error only says that whoever waited has gone, so that nobody is to be answered."""
+        return self._caller.left(error)
 
     def __enter__(self) -> Watch:
         REAPER.start()  # there may have been no thread to be had, or no LM of ours in the process
-        self._here.begin()
+        self._caller.begin()
         return self
 
     def __exit__(
@@ -112,7 +83,7 @@ class Watch:
     ) -> None:
         if error is not None and not self._finished:
             self._raised(error)
-        self._here.end()
+        self._caller.end()
 
     def _raised(self, error: BaseException) -> None:
         kind, latency = type(error), self._clock.monotonic() - self._started
@@ -120,18 +91,12 @@ class Watch:
             reason = reason_of(error)
             self._keep(self._ended("refused" if reason in REFUSALS else "error", reason, kind, latency))
         else:
-            if isinstance(error, Exception):
-                setattr(error, LEFT, True)
             # the caller left, perhaps inside the garbage collector, and what was under way is still being settled
             REAPER.post(lambda: self._keep(self._ended("abandoned", None, kind, latency)))
 
     def program(self) -> AbstractContextManager[None]:
         """The scope in which the program runs."""
-        stream = dspy_settings.send_stream
-        if stream is None:
-            return self._under(self._inner)
-        self._stream = _Stream(stream)
-        return self._under(self._inner, send_stream=self._stream)
+        return self._under(self._inner)
 
     @contextmanager
     def fallback(self, error: Exception) -> Iterator[None]:
@@ -143,9 +108,9 @@ class Watch:
             except Exception as second:
                 raise second from error
 
-    def _under(self, context: CallContext, **more: Any) -> AbstractContextManager[None]:
+    def _under(self, context: CallContext) -> AbstractContextManager[None]:
         callers = [*(dspy_settings.caller_modules or []), self._calls]
-        found: AbstractContextManager[None] = dspy.context(**{SETTING: context, "caller_modules": callers}, **more)
+        found: AbstractContextManager[None] = dspy.context(**{SETTING: context, "caller_modules": callers})
         return found
 
     def finish(self, result: Any, error: Exception | None = None) -> None:

@@ -104,22 +104,26 @@ def test_a_refusal_is_no_text_of_the_answer(
 
 CUT = {
     "whole": (["R:I ", "R:won't"], "", "I won't"),
-    "in a piece": (["R:I cannot. ", "R:So STOP it"], "", "I cannot. So STOP it"),
-    "in the only piece": (["R:I cannot. So STOP it"], "", "I cannot. So STOP it"),
-    "at a piece": (["R:I cannot. ", "R:STOP it"], "", "I cannot. STOP it"),
-    "between pieces": (["R:I cannot. ST", "R:OP it"], "", "I cannot. ST"),
-    "behind a text": (["T:Sure. ", "R:I ", "R:won't STOP"], "Sure. ", "I won't STOP"),
-    "behind the same words": (["T:I see. ", "R:I ", "R:won't STOP"], "I see. ", "I won't STOP"),
+    "in a piece": (["R:I cannot. ", "R:So STOP it"], "", "I cannot. So "),
+    "in the only piece": (["R:I cannot. So STOP it"], "", "I cannot. So "),
+    "at a piece": (["R:I cannot. ", "R:STOP it"], "", "I cannot. "),
+    "between pieces": (["R:I cannot. ST", "R:OP it"], "", "I cannot. "),
+    "behind a text": (["T:Sure. ", "R:I ", "R:won't STOP"], "Sure. ", "I won't "),
+    "behind the same words": (["T:I see. ", "R:I ", "R:won't STOP"], "I see. ", "I won't "),
     "before a text": (["R:I ", "R:won't", "T:Sure. STOP"], "Sure. ", "I won't"),
     "between texts": (["R:I ", "T:Sure. ", "R:won't", "T:Yes. STOP"], "Sure. Yes. ", "I won't"),
-    "between texts, in a piece": (["R:I ", "T:Sure. ", "R:won't STOP it"], "Sure. ", "I won't STOP it"),
+    "between texts, in a piece": (["R:I ", "T:Sure. ", "R:won't STOP it"], "Sure. ", "I won't "),
     "its words in a text": (["T:I can. ", "R:I ", "T:said ", "R:won't"], "I can. said ", "I won't"),
     "its words in the text behind": (["R:No", "T:. I say No"], ". I say No", "No"),
     "all of it, behind its beginning": (["T:Grade: S", "R:STOP"], "Grade: S", "STOP"),
-    "its end alone": (["T:I can. ", "R:I ", "R:ST", "R:OP"], "I can. ", "I ST"),
+    "all of it, at the beginning": (["R:STOP it"], "", "STOP it"),
+    "its end alone": (["T:I can. ", "R:I ", "R:ST", "R:OP"], "I can. ", "I "),
     "parts that take turns": (["T:a", "R:b", "T1:c", "R1:d", "T:e", "R:f", "T1:STOP"], "aec", "bdf"),
 }
-"""The pieces of a refusal and of a text that come, what is left of the text at STOP, and of the refusal."""
+"""The pieces of a refusal and of a text that come, what is left of the text at STOP, and of the refusal.
+
+Where nothing of the refusal is left, it is told as it came: that the model has refused still holds.
+"""
 
 
 def turns(pieces: list[str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from contextvars import copy_context
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from benchmarks.subjects import Guesses
 from benchmarks.world import World
 from dspy_prod import BudgetedOptimizer
+from dspy_prod.optimize.camera import Camera
 from dspy_prod.optimize.reserve import Reserve
 from dspy_prod.optimize.sums import Sum, Sums
 
@@ -85,6 +88,27 @@ def test_what_cannot_do_without_a_dear_call_ran_out_of_money(world: World, asked
     assert "Raise the cap" in report.detail
 
 
+def kept_for(max_calls: int, used: int, missing: int, flying: int = 0) -> tuple[Reserve, Any, list[Any]]:
+    """What keeps back of so many calls for one candidate of 24 examples, its run, and the caps that it sets."""
+    seen = SimpleNamespace(index=2, evaluated=True, predicted=None, scores=dict.fromkeys(range(24 - missing), 1.0))
+    camera: Any = SimpleNamespace(
+        keys=[str(number) for number in range(24)], candidates=SimpleNamespace(all=[seen]),
+        is_complete=lambda _: False, missing=lambda _: missing, flying=lambda _: flying,
+    )  # fmt: skip
+    traits = SimpleNamespace(finalists=1, late=False)
+    task: Any = SimpleNamespace(traits=traits, rounds=None, num_threads=4, testset=[], selection=([0] * 24,))
+    terms: Any = SimpleNamespace(budget_usd=None, max_calls=max_calls, max_tokens=None, reserve="auto")
+    sums = Sums("run", {})
+    sums.candidates["2"] = Sum(calls=24 - missing, answers=24 - missing)
+    sums.phases["baseline"] = Sum(calls=24, answers=24)
+    sums.total = Sum(calls=used, answers=used)
+    caps: list[int] = []
+    run: Any = SimpleNamespace(
+        used=lambda: SimpleNamespace(usd=None, calls=used, tokens=None), allow=lambda **to: caps.append(to["calls"])
+    )
+    return Reserve(terms, task, sums, camera), run, caps
+
+
 @pytest.mark.parametrize(
     ("missing", "flying", "used", "kept"), [(12, 0, 60, 0), (12, 3, 60, 0), (10, 4, 60, 6), (12, 4, 58, 8)]
 )
@@ -93,21 +117,91 @@ def test_what_its_calls_on_their_way_will_have_used_is_no_room(missing: int, fly
 
     It was taken to lack 9, which were kept for it, and the run ended with 61 calls.
     """
-    seen = SimpleNamespace(index=2, evaluated=True, predicted=None, scores=dict.fromkeys(range(24 - missing), 1.0))
-    camera: Any = SimpleNamespace(
-        keys=[str(number) for number in range(24)], candidates=SimpleNamespace(all=[seen]),
-        is_complete=lambda _: False, missing=lambda _: missing, flying=lambda _: flying,
-    )  # fmt: skip
-    traits = SimpleNamespace(finalists=1, late=False)
-    task: Any = SimpleNamespace(traits=traits, rounds=None, num_threads=4, testset=[], selection=([0] * 24,))
-    terms: Any = SimpleNamespace(budget_usd=None, max_calls=70, max_tokens=None, reserve="auto")
-    sums = Sums("run", {})
-    sums.candidates["2"] = Sum(calls=24 - missing, answers=24 - missing)
-    sums.phases["baseline"] = Sum(calls=24, answers=24)
-    sums.total = Sum(calls=used, answers=used)
-    run: Any = SimpleNamespace(
-        used=lambda: SimpleNamespace(usd=None, calls=used, tokens=None), allow=lambda **to: caps.append(to)
+    reserve, run, caps = kept_for(70, used, missing, flying)
+    reserve.keep(run, None)
+    assert caps == [70 - kept]
+
+
+@pytest.mark.parametrize("way", ["keep", "look"])
+@pytest.mark.parametrize("last", ["keep", "free"])
+def test_a_thread_of_the_search_that_is_late_does_not_have_the_last_word(last: str, way: str) -> None:
+    """It took back what was kept for the finals, which were then refused their answers."""
+    reserve, run, caps = kept_for(70, 50, 10)
+    reserve.keep(run, None)
+    reserve.keep(run, None, final=True) if last == "keep" else reserve.free(run)
+    assert caps == [60, 70]
+    getattr(reserve, way)(run, None)
+    assert caps == [60, 70]
+
+
+@pytest.mark.parametrize("last", ["keep", "free"])
+def test_nor_does_one_that_was_at_it_before(last: str) -> None:
+    """Nobody waited for it as the reserve was given to the test set."""
+    reserve, run, caps = kept_for(70, 50, 10)
+    reserve.keep(run, None)
+    there, go_on, used = threading.Event(), threading.Event(), run.used
+
+    def waits() -> Any:
+        if threading.current_thread() is late:
+            there.set()
+            assert go_on.wait(20)
+        return used()
+
+    run.used = waits
+    late = threading.Thread(target=reserve.look, args=(run, None))
+    late.start()
+    assert there.wait(20)
+    ends = threading.Thread(
+        target=(lambda: reserve.keep(run, None, final=True)) if last == "keep" else lambda: reserve.free(run)
     )
-    caps: list[Any] = []
-    Reserve(terms, task, sums, camera).keep(run, None)
-    assert [each["calls"] for each in caps] == [70 - kept]
+    ends.start()
+    ends.join(0.05)  # it can only wait
+    go_on.set()
+    late.join(20)
+    ends.join(20)
+    assert caps == [60, 60, 70]
+
+
+def test_whoever_finds_somebody_at_it_does_not_wait_and_nothing_is_missed() -> None:
+    """The garbage collector closed a call on the very thread that was at it, and this waited for itself."""
+    reserve, run, caps = kept_for(70, 50, 10)
+    reserve.keep(run, None)
+    used, inside = run.used, []
+
+    def once_more() -> Any:
+        if not inside:
+            inside.append(True)
+            reserve.look(run, None)
+        return used()
+
+    run.used = once_more
+    thread = threading.Thread(target=reserve.look, args=(run, None), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert caps == [60, 60, 60]
+
+
+def test_of_its_calls_on_their_way_only_those_count_that_it_lacks(world: World, asked: Any) -> None:
+    """Those on the training set were taken off what it lacks, and less was kept for it while they went on."""
+    student = world.program()
+    first, second, third, *_ = world.valset
+    nobody: Any = None
+    camera = Camera(
+        student, world.valset, world.trainset, nobody, {asked.model}, None, lambda _: None, lambda: None, nobody
+    )  # fmt: skip
+    seen = camera.candidates.seen_of(student)
+    camera.note(seen, camera.key(first), 1.0)
+
+    def begin(name: str, *examples: Any) -> None:
+        for number, example in enumerate(examples):
+            camera.on_module_start(f"{name} {number}", student, {"kwargs": dict(example.inputs())})
+
+    other = dspy.Example(message="something else").with_inputs("message")
+    copy_context().run(begin, "elsewhere", *world.trainset[:4], other)
+    copy_context().run(begin, "known", first)
+    with dspy.context(lm=asked.copy(rollout_id=7)):
+        copy_context().run(begin, "sample", third)
+    assert (camera.flying(seen), camera.missing(seen)) == (0, len(world.valset) - 1)
+    copy_context().run(begin, "its own", second, second, third)
+    assert camera.flying(seen) == 2

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from contextvars import ContextVar, copy_context
 from pathlib import Path
 from typing import Any
@@ -209,3 +210,94 @@ def test_a_call_begins_the_thread_that_there_was_none_of_before(
     monkeypatch.setattr("dspy_prod.production.watch.REAPER", reaper)
     collected(Production(Waits(), "triage"))
     until(lambda: [each.status for each in lm.ledger.program_calls()] == ["abandoned"])
+
+
+class Stream:
+    """A stream whose reader has gone, or reads on."""
+
+    def __init__(self, gone: bool) -> None:
+        self.gone = gone
+
+    async def send(self, item: Any) -> None:
+        if self.gone:
+            raise anyio.BrokenResourceError
+
+
+class Shares(Waits):
+    """All calls wait for one task of the program's, which fails."""
+
+    shared: asyncio.Future[Any]
+
+    async def aforward(self, question: str) -> Any:
+        stream = dspy.settings.send_stream
+        if stream is not None:
+            with suppress(anyio.BrokenResourceError):
+                await stream.send(dspy.streaming.StatusMessage("thinking"))
+        await self.shared
+
+
+async def both(asked: Callable[[], Any], program: Shares, other: Stream | None) -> list[Any]:
+    """What a call comes to whose reader has gone, and one of somebody who waits."""
+
+    async def fails() -> None:
+        await asyncio.sleep(0.01)
+        raise ConnectionError("the index is down")
+
+    async def call(stream: Stream | None) -> Any:
+        with dspy.context(send_stream=stream):
+            return await asked()
+
+    program.shared = asyncio.ensure_future(fails())
+    return await asyncio.gather(call(Stream(gone=True)), call(other), return_exceptions=True)
+
+
+@pytest.mark.parametrize("other", [None, Stream(gone=False)], ids=["no stream", "a stream"])
+def test_whose_error_is_shared_with_one_whose_reader_has_gone_is_answered(
+    lm: dspy_prod.LM, other: Stream | None
+) -> None:
+    """It was marked as that one's, and whoever else waited for the same task of the program got it."""
+    program = Shares()
+    prod = Production(program, "triage", "sorry", catch="all")
+    gone, waits = asyncio.run(both(lambda: prod.acall(question="q"), program, other))
+    assert isinstance(gone, ConnectionError)
+    assert waits.answer == "sorry"
+    until(lambda: len(lm.ledger.program_calls()) == 2)
+    assert {each.status for each in lm.ledger.program_calls()} == {"abandoned", "fallback"}
+
+
+@pytest.mark.parametrize("way", ["bare", "Production"])
+@pytest.mark.parametrize("other", [None, Stream(gone=False)], ids=["no stream", "a stream"])
+def test_nor_is_it_taken_for_abandoned_by_an_experiment(lm: dspy_prod.LM, other: Stream | None, way: str) -> None:
+    """The variant has failed for one of them, and the other has left, whatever the variant is."""
+    program = Shares()
+    variant, new = [program if way == "bare" else Production(program, "triage") for _ in range(2)]
+    resolved, store = dspy_prod.Metric("resolved", margin=0.02), lm.pipeline.store.url
+    exp = dspy_prod.Experiment("shared", variants={"control": variant, "new": new}, store=store, metrics=[resolved])
+    users = iter(["leaves", "waits"])
+
+    def asked() -> Any:
+        with dspy_prod.call_context(user=next(users)):
+            return asyncio.ensure_future(exp.acall(question="q"))
+
+    asyncio.run(both(asked, program, other))
+    trials = exp._works.trials
+    until(lambda: sum(each.calls for each in trials.ended("shared")) == 2)
+    ended = trials.ended("shared")
+    assert (sum(each.failed for each in ended), sum(each.abandoned for each in ended)) == (1, 1)
+
+
+def test_whose_program_lost_a_reader_of_its_own_is_answered(lm: dspy_prod.LM) -> None:
+    """A program inside may answer somebody else, as in a stream that the one around it reads."""
+    program = Shares()
+    inner = Production(program, "inner", "sorry", catch="all")
+
+    class Around(Waits):
+        async def aforward(self, question: str) -> Any:
+            return (await both(lambda: inner.acall(question=question), program, None))[0]
+
+        async def acall(self, question: str) -> Any:
+            found = await self.aforward(question)
+            raise found
+
+    outer = Production(Around(), "outer", "it is all right", catch="all")
+    assert asyncio.run(outer.acall(question="q")).answer == "it is all right"
