@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import gc
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,6 +21,24 @@ os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 for _name in [name for name in os.environ if name.upper().endswith(("_API_KEY", "_API_BASE", "_BASE_URL"))]:
     del os.environ[_name]
 by_default()
+
+
+def _parse_one_at_a_time() -> None:
+    """Until 3.11.8 and 3.12.2 Python's parser fails now and then in two threads at once (python/cpython#106905): DSPy
+    parses signatures in threads, and pytest the source of a test that failed, whose whole run then ended."""
+    if sys.version_info < (3, 11) or (3, 11, 8) <= sys.version_info < (3, 12) or sys.version_info >= (3, 12, 2):
+        return
+    inherited, one = ast.parse, threading.RLock()
+
+    @functools.wraps(inherited)
+    def parse(*args: Any, **kwargs: Any) -> Any:
+        with one:
+            return inherited(*args, **kwargs)
+
+    ast.parse = parse
+
+
+_parse_one_at_a_time()
 
 SHARING = ("registry", "tracking", "cli", "ui")
 """Rooms whose tests share what is dear to make: a server, a run of the demo, MLflow itself. One worker takes a file of

@@ -1,7 +1,8 @@
 """The source of classes and functions, read by one thread at a time.
 
-Python looks a class up by parsing its file, and until 3.12 its parser fails now and then in two threads at once
-(SystemError: AST constructor recursion depth mismatch).
+Python looks a class up by parsing its file, and until 3.11.8 and 3.12.2 its parser fails now and then in two threads at
+once (SystemError: AST constructor recursion depth mismatch; python/cpython#106905). Others parse as well, as DSPy does
+for a signature: what fails is tried again.
 """
 
 from __future__ import annotations
@@ -10,9 +11,13 @@ import ast
 import inspect
 import textwrap
 import threading
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+T = TypeVar("T")
 
 _ONE: Final = threading.Lock()
+_TRIES: Final = 5
 
 
 def source(given: Any) -> str:
@@ -21,8 +26,7 @@ def source(given: Any) -> str:
     Raises:
         OSError, TypeError: it has none, as what was made by `exec` or in C.
     """
-    with _ONE:
-        return textwrap.dedent(inspect.getsource(given))
+    return textwrap.dedent(_alone(lambda: inspect.getsource(given)))
 
 
 def tree(given: Any) -> ast.Module:
@@ -32,5 +36,14 @@ def tree(given: Any) -> ast.Module:
         OSError, TypeError, SyntaxError: it has none.
     """
     text = source(given)
+    return _alone(lambda: ast.parse(text))
+
+
+def _alone(parse: Callable[[], T]) -> T:
     with _ONE:
-        return ast.parse(text)
+        for _ in range(_TRIES - 1):
+            try:
+                return parse()
+            except SystemError:  # somebody else parsed at that moment
+                continue
+        return parse()
