@@ -10,6 +10,7 @@ from dspy.lm15 import Request, Response
 
 if TYPE_CHECKING:
     from dspy_prod.pipeline.routes import Route
+    from dspy_prod.pipeline.upstream.ends import LateResult
     from dspy_prod.pipeline.upstream.ordinary import Beside
 
 
@@ -40,6 +41,8 @@ class Send:
     Attributes:
         gone: it may have gone out, as far as the driver or its transport can tell.
         line: the engine, where it knows better.
+        late: what the driver has a worker thread do, set before it begins; None where nothing goes on when who waits is
+            interrupted.
         partial: a stream's answer as far as it came, left here when the stream broke.
         ended: its end event had come, and with it what the provider told of its usage.
     """
@@ -53,6 +56,7 @@ class Send:
     ended: bool = False
     gone: bool = False
     line: Line | None = None
+    late: LateResult | None = None
 
     def goes(self) -> None:
         """Hear that the request goes out now, or may from now on."""

@@ -89,9 +89,8 @@ def _failed(attempt: Attempt, raised: BaseException, latency: float) -> BaseExce
     if reservation is not None and reservation.state == PENDING:  # granted meanwhile, it is settled as what is held
         call.pipeline.store.withdraw(reservation)
     worked = max(0.0, latency - call.paused)
-    error, late = raised, None
+    error, late = raised, attempt.late
     if isinstance(raised, AttemptTimeoutError):
-        late = raised.late
         met = late is not None or not attempt.stayed  # one that goes on in its worker may yet meet it
         over = max(attempt.until, attempt.started + latency) >= call.deadline  # a busy machine wakes late
         if over and not isinstance(raised, StalledError):
