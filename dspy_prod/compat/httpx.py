@@ -72,10 +72,7 @@ def _install() -> None:
                 return bool(found.fget(self))
             own = stay.hears(self)
             bound(self, stay if own else Stay(stay.until))
-            follows = bool(found.fget(self)) and not _leaves(self)
-            if follows and own:
-                stay.left = False  # who sends on has worked for nobody; the request is to go out once more
-            return follows
+            return bool(found.fget(self)) and not _leaves(self)
 
         httpx.Response.has_redirect_location = property(has_redirect_location)  # type: ignore[assignment,method-assign]
         httpx.Client.send = _telling(httpx.Client.send)  # type: ignore[method-assign]
@@ -134,7 +131,7 @@ def _traced(stay: Stay, other: Any) -> Any:
 
     def trace(name: str, info: Any) -> None:
         if name.endswith(_GOES):
-            stay.left = True
+            stay.goes()
         if other is not None:
             other(name, info)
 
@@ -146,7 +143,7 @@ def _atraced(stay: Stay, other: Any) -> Any:
 
     async def trace(name: str, info: Any) -> None:
         if name.endswith(_GOES):
-            stay.left = True
+            stay.goes()
         if other is not None:
             await other(name, info)
 
@@ -160,7 +157,7 @@ def _telling_aiohttp(send: Any) -> Any:
     async def sending(self: Any, connection: Any) -> Any:
         stay = _ASKING.get()
         if stay is not None:
-            stay.left = True
+            stay.goes()
         return await send(self, connection)
 
     return sending

@@ -30,6 +30,11 @@ class Line(Protocol):
         """Whether it certainly has not, and will not any more: there was no connection for it yet."""
         ...
 
+    @property
+    def moved(self) -> bool:
+        """Whether it has, and who took it only sent it on, to where it has not gone."""
+        ...
+
 
 @dataclass(slots=True, eq=False)
 class Send:
@@ -69,6 +74,11 @@ class Send:
     def left(self) -> bool:
         """Whether the provider may have seen it. To be asked when the attempt has ended: until then it may yet."""
         return self.gone and not (self.line is not None and self.line.waits)
+
+    @property
+    def moved(self) -> bool:
+        """Whether nobody has worked on it, though it went out. To be asked when the attempt has ended."""
+        return self.line is not None and self.line.moved
 
 
 @dataclass(slots=True, eq=False)
