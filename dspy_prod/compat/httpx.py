@@ -130,7 +130,7 @@ def _traced(stay: Stay, other: Any) -> Any:
     """What httpcore calls at each step of a request, see its "trace" extension."""
 
     def trace(name: str, info: Any) -> None:
-        if name.endswith(_GOES):
+        if _goes(name, info):
             stay.goes()
         if other is not None:
             other(name, info)
@@ -142,12 +142,17 @@ def _atraced(stay: Stay, other: Any) -> Any:
     """The same for tasks."""
 
     async def trace(name: str, info: Any) -> None:
-        if name.endswith(_GOES):
+        if _goes(name, info):
             stay.goes()
         if other is not None:
             await other(name, info)
 
     return trace
+
+
+def _goes(name: str, info: Any) -> bool:
+    """Whether a step is that a request goes out, and not what asks a proxy for a way to where it goes."""
+    return name.endswith(_GOES) and info["request"].method != b"CONNECT"
 
 
 def _telling_aiohttp(send: Any) -> Any:
@@ -156,7 +161,7 @@ def _telling_aiohttp(send: Any) -> Any:
     @wraps(send)
     async def sending(self: Any, connection: Any) -> Any:
         stay = _ASKING.get()
-        if stay is not None:
+        if stay is not None and self.method != "CONNECT":
             stay.goes()
         return await send(self, connection)
 
