@@ -213,7 +213,7 @@ class Attending:
     @property
     def waits(self) -> bool:
         """Whether the last request certainly did not go out, see `Stay.waits`. To be asked when it has ended."""
-        return self.stay is not None and self.stay.waits
+        return self.stay is None or self.stay.waits
 
     @property
     def moved(self) -> bool:

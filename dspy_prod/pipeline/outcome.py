@@ -75,8 +75,8 @@ TABLE: Final[dict[str, Row]] = {
         Verdict("error", fallback=True, sent=False, owed=False),
     ),
     "locked": Row(
-        "nothing sent: a credential file is locked, or no thread can be started",
-        Verdict("error", retry=True, sent=False, owed=False),
+        "nothing sent: a credential file is locked, or no thread is to be had",
+        Verdict("error", retry=True, fallback=True, sent=False, owed=False),
     ),
     "unreached": Row(
         "no connection was made, also within `timeout`",

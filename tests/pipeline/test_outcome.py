@@ -55,7 +55,7 @@ def marks(verdict: Verdict) -> str:
         ("LMInvalidRequestError", "error", "....S."),
         ("LMTimeoutError", "timeout", "FRf.SO"),
         ("LMServerError", "error", "FRf.SO"),
-        ("LMLockTimeoutError", "error", ".R...."),
+        ("LMLockTimeoutError", "error", ".Rf..."),
         ("LMTransportError", "error", "FRf.SO"),
         ("LMUnsupportedFeatureError", "error", "..f..."),
         ("LMConfigurationError", "error", "..f..."),

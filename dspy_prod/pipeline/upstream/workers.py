@@ -12,7 +12,6 @@ from typing import Generic, TypeVar
 
 from dspy.utils.exceptions import LMLockTimeoutError
 
-from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
 from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.runtime.threads import begin
 
@@ -91,8 +90,7 @@ class Workers:
             job: what it will be, for who may be interrupted before this returns; None: a new one.
 
         Raises:
-            AttemptTimeoutError: every worker hangs; the upstream does not answer and more threads would not help.
-            LMLockTimeoutError: this process can start no thread.
+            LMLockTimeoutError: every worker is taken, or this process can start no thread. Nothing was begun.
         """
         job = Job() if job is None else job
         context = contextvars.copy_context()
@@ -105,7 +103,10 @@ class Workers:
                 self._idle -= 1
                 start = False
             elif self._count >= self._limit:
-                raise AttemptTimeoutError
+                raise LMLockTimeoutError(
+                    f"All {self._limit} threads that calls may have at once are taken, also by attempts that were "
+                    "given up and still hang: none is left for this one"
+                )
             else:
                 self._count += 1
                 start = True
