@@ -89,9 +89,8 @@ def _failed(attempt: Attempt, raised: BaseException, latency: float) -> BaseExce
     if reservation is not None and reservation.state == PENDING:  # granted meanwhile, it is settled as what is held
         call.pipeline.store.withdraw(reservation)
     worked = max(0.0, latency - call.paused)
-    error, late = raised, None
+    error, late = raised, attempt.late
     if isinstance(raised, AttemptTimeoutError):
-        late = raised.late
         met = late is not None or not attempt.stayed  # one that goes on in its worker may yet meet it
         over = max(attempt.until, attempt.started + latency) >= call.deadline  # a busy machine wakes late
         if over and not isinstance(raised, StalledError):
@@ -106,8 +105,8 @@ def _failed(attempt: Attempt, raised: BaseException, latency: float) -> BaseExce
             verdict = judge(error)
     else:
         verdict = judge(error)
-    if attempt.send is None or (late is None and attempt.stayed):
-        verdict = verdict._replace(sent=False, owed=False)
+    if late is None:
+        verdict = _as_far_as_it_went(attempt, verdict)
     if attempt.permit is not None:
         breaker = route.state.breaker
         assert breaker is not None
@@ -129,6 +128,13 @@ def _failed(attempt: Attempt, raised: BaseException, latency: float) -> BaseExce
     if error is not raised:  # it says all by itself; behind what was raised may be what the caller was handling
         error.own_causes = 0  # type: ignore[attr-defined]
     return error
+
+
+def _as_far_as_it_went(attempt: Attempt, verdict: Verdict) -> Verdict:
+    """The verdict when it has ended: for what reached nobody, or only who sent it on, nothing is owed."""
+    if attempt.send is None or attempt.stayed:
+        return verdict._replace(sent=False, owed=False)
+    return verdict._replace(sent=True, owed=False) if attempt.send.moved else verdict
 
 
 def _finish(attempt: Attempt, came_to: CameTo) -> None:
@@ -187,8 +193,6 @@ def _ended_late(
         return
     call, route = attempt.call, attempt.route
     latency = call.pipeline.clock.monotonic() - attempt.started
-    if attempt.stayed:
-        verdict = verdict._replace(sent=False, owed=False)
     if isinstance(response, Response) and _settle_told(attempt, verdict, response, latency, told):
         return
     if isinstance(failure, Exception):
@@ -200,7 +204,7 @@ def _ended_late(
         billed = billed_by(failure) if end.owed else None
         if billed is not None and _settle_told(attempt, verdict, billed, latency, told):
             return
-    _settle_failure(attempt, verdict, told, latency, late=True)
+    _settle_failure(attempt, _as_far_as_it_went(attempt, verdict), told, latency, late=True)
 
 
 def _settle_told(attempt: Attempt, verdict: Verdict, response: Response, latency: float, error: BaseException) -> bool:
