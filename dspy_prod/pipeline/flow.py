@@ -74,7 +74,7 @@ def _flow(call: Call) -> Flow:
     if call.streaming or call.alone or mode != "use" or not cache.options.single_flight:
         return (yield from _send(call))
     flights = pipeline.flights
-    flight = flight_of(key, call.context.guards)
+    flight = flight_of(key, call.context.guards, is_raising())
     caller = Follower(home(), call)  # before it joins: wherever this is cut off, it says who leads or follows no more
     return (yield from if_cut_off(_together(call, key, flight, caller), partial(flights.hand_over, flight, caller)))
 
@@ -177,8 +177,10 @@ def _ask(call: Call, failures: Failures) -> Flow:
                 error.model, error.route = route.model, route.name  # a breaker does not know whose route it guards
                 call.emit("rejected", model=route.model, route=route.name, reason=error.reason)
                 failures.add(route, error)
-                if isinstance(error, RateLimitedError) and error.retry_after is not None:
-                    _note_short(call, pipeline.clock.monotonic() + error.retry_after)
+                if isinstance(error, RateLimitedError):
+                    call.own_fate().left_out(route)
+                    if error.retry_after is not None:
+                        _note_short(call, pipeline.clock.monotonic() + error.retry_after)
                 if patience != inf and isinstance(error, RateLimitedError):
                     failures.early += ((route, attempts),)
                 break

@@ -141,9 +141,9 @@ class SharedCache:
     def flights(self, routes: tuple[Route, ...]) -> Flights:
         """The flights of calls that would be sent the same on the same ways, and as insistently, so that one's answer
         or error is the other's too: a fallback that is told something else gives the answer to another request, and
-        what one LM has no patience for, another one may get.
+        what one LM has no patience for, or may not ask by its own limit or circuit, another one may get.
         """
-        key = tuple([(*_sent(each), each.timeout, each.retry) for each in routes])
+        key = tuple([(*_sent(each), each.timeout, each.retry, each.limit, each.breaker) for each in routes])
         with self._lock:
             found = self._flights.get(key)
             if found is None:

@@ -52,11 +52,11 @@ def plan(call: Call, route: Route, number: int, patience: float = inf) -> Attemp
         request = _with_defaults(request, route.defaults)
     if route.fitting is not None:
         request = fitted(call, route, request)
-    rules = _rules(pipeline.budgets, route) if route.rules else pipeline.budgets
+    rules = rules_on(pipeline.budgets, route) if route.rules else pipeline.budgets
     if call.context.aside:
         rules = tuple([rule for rule in rules if not rule.personal])
     limited = route.limited or route.state.identity.throttled
-    caps = _caps(pipeline.caps, route) if pipeline.capped else ()
+    caps = caps_on(pipeline.caps, route) if pipeline.capped else ()
     attempt = Attempt(call, route, request, number, None, rules, pipeline.clock.monotonic())
     attempt.patience = patience
     if not rules and not limited and not caps:
@@ -117,21 +117,24 @@ def turns_at(attempt: Attempt, now: float) -> float:
 
 
 def only_here(call: Call, route: Route, first: Route, error: RejectedError) -> bool:
-    """Whether a refusal concerns this route alone, so that the next one is worth a try. A budget's is noted."""
+    """Whether a refusal concerns this route alone, so that the next one is worth a try. It is noted whose it is."""
     if isinstance(error, StoppedError):
         return error.scope == "model"
     if isinstance(error, UnpricedModelError):
+        call.own_fate().left_out(route)
         return route is not first  # a fallback that no budget can bound must not hide why it was needed
     if not isinstance(error, BudgetExceededError):
         return False
     shared = call.pipeline.budgets
-    rules = _rules(shared, route)
+    rules = rules_on(shared, route)
     own = [rule for rule in rules if rule.options.scope == "model" or rule not in shared]
-    own += _caps(call.pipeline.caps, route)  # another model may be cheaper
+    own += caps_on(call.pipeline.caps, route)  # another model may be cheaper
     for rule in own:
         title = rule.options.title
         if error.budget == title or error.budget.startswith(f"{title}="):
-            call.own_fate().shaped_by(rule)
+            fate = call.own_fate()
+            fate.shaped_by(rule)
+            fate.left_out(route)
             return True
     return False
 
@@ -258,13 +261,13 @@ def _wait_until(attempt: Attempt, now: float) -> float:
     return min(call.deadline, now + longest)
 
 
-def _rules(budgets: tuple[BudgetRule, ...], route: Route) -> tuple[BudgetRule, ...]:
+def rules_on(budgets: tuple[BudgetRule, ...], route: Route) -> tuple[BudgetRule, ...]:
     """The budgets of the pipeline and the route's own, each account once."""
     titles = {rule.options.title for rule in budgets}
     return (*budgets, *[rule for rule in route.rules if not rule.caps and rule.options.title not in titles])
 
 
-def _caps(caps: tuple[BudgetRule, ...], route: Route) -> tuple[BudgetRule, ...]:
+def caps_on(caps: tuple[BudgetRule, ...], route: Route) -> tuple[BudgetRule, ...]:
     """What caps a call on this route: for all routes, and for this one alone."""
     return (*caps, *[rule for rule in route.rules if rule.caps and rule not in caps])
 

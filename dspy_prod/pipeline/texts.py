@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from dspy_prod.context.current import CallContext
+from dspy_prod.context.scoring import is_raising
 from dspy_prod.pipeline.call import Call, record_hit
 from dspy_prod.pipeline.outlasting import flight_of
 from dspy_prod.pipeline.pipeline import Pipeline
@@ -31,6 +32,7 @@ class Asked:
         joins: texts that others ask about just now are waited for.
         rows: what was found so far, by key.
         latest: its latest batch, for what is told of a refusal.
+        scored: it is part of an evaluation, or of a compile.
     """
 
     pipeline: Pipeline
@@ -44,6 +46,7 @@ class Asked:
     records: list[CallRecord] = field(default_factory=list)
     rows: dict[Hashable, bytes] = field(default_factory=dict)
     latest: Call | None = None
+    scored: bool = field(default_factory=is_raising)
 
     @property
     def deadline(self) -> float:
@@ -52,7 +55,7 @@ class Asked:
 
     def flight(self, key: Hashable) -> Hashable:
         """What those share that ask about a text at the same time."""
-        return flight_of(key, self.context.guards)
+        return flight_of(key, self.context.guards, self.scored)
 
     def look(self) -> None:
         """Take what is cached. It reads the store, a text at a time."""

@@ -11,6 +11,7 @@ from dspy.utils.exceptions import LMError, LMInvalidRequestError, LMServerError,
 
 import dspy_prod
 from dspy_prod import Cache, Retry, call_context
+from dspy_prod.context.scoring import raising
 from dspy_prod.pipeline import embedding
 from dspy_prod.testing import FakeClock
 from tests.compose.support import Caller
@@ -120,6 +121,28 @@ def test_a_retry_that_a_leader_had_no_time_for_is_made_by_who_has(make: MakeEmbe
     assert isinstance(leader.outcome(), LMServerError)
     assert follower.outcome().tolist() == [1.0, 1.0]
     assert upstream.asked == [["a"], ["a"]]
+
+
+def test_what_is_scored_does_not_follow_what_leaves_a_busy_route_early(make: MakeEmbedder) -> None:
+    upstream = Upstream()
+    embedder = make(upstream)
+    upstream.hold("a")
+
+    def scored() -> Any:
+        with raising():
+            return embedder("a")
+
+    callers = [Caller(lambda: embedder("a"))]
+    until(lambda: len(upstream.asked) == 1)
+    callers.append(Caller(scored))
+    until(lambda: len(upstream.asked) == 2 or embedder.pipeline.flights.following())
+    assert upstream.asked == [["a"], ["a"]]
+    callers.append(Caller(scored))
+    until(lambda: embedder.pipeline.flights.following() == 1)
+    upstream.open("a")
+    assert [caller.outcome().tolist() for caller in callers] == [[1.0, 1.0]] * 3
+    assert len(upstream.asked) == 2
+    assert len(embedder.pipeline.flights) == 0
 
 
 # -- what came meanwhile ---------------------------------------------------------------------------------------------
