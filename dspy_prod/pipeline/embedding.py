@@ -134,10 +134,14 @@ def _lead(asked: Asked, texts: Texts, callers: Callers) -> Steps:
                     if fits is None:
                         del callers[key]
             raise
-        for key, row, cost in found:  # every route has the same model, so it is everybody's
+        # Every route has the same model, so a new vector is everybody's; but who has more time might have got one.
+        fits = None if call.served != "stale" else shared_by(call)
+        for key, row, cost in found:
             asked.rows[key] = row
             if key in callers:
-                flights.answer(asked.flight(key), (row, cost, call.served))
+                flights.answer(asked.flight(key), (row, cost, call.served), fits)
+                if fits is not None:
+                    flights.hand_over(asked.flight(key), callers[key])
                 del callers[key]
 
 
