@@ -12,7 +12,7 @@ from dspy_prod.context.scoring import is_raising
 from dspy_prod.pipeline.alone import unaided
 from dspy_prod.pipeline.attempt import Attempt
 from dspy_prod.pipeline.effects import Wait
-from dspy_prod.pipeline.plan import plan, renewed, shrunk, turns_at, wait_until
+from dspy_prod.pipeline.plan import note_short, plan, renewed, shrunk, turns_at, wait_until
 from dspy_prod.pipeline.refusals import refused, waited_too_long
 from dspy_prod.pipeline.taken import returned
 from dspy_prod.records import NANO
@@ -47,7 +47,8 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, None]:
     """
     call = attempt.call
     store, monotonic = call.pipeline.store, call.pipeline.clock.monotonic
-    longest = wait_until(attempt, monotonic())
+    since = monotonic()
+    longest = wait_until(attempt, since)
     patience = SCORING_PATIENCE if is_raising() else STORE_PATIENCE
     alone = False
     while True:
@@ -84,6 +85,8 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, None]:
                 elif now < until:
                     continue
                 elif store.withdraw(reservation) and (reservation.blocked_on or call.late()):
+                    if now >= longest:
+                        note_short(call, longest, since)
                     raise waited_too_long(attempt)
             early = min(reservation.granted_at - store.now(), LEAD) if reservation.state == GRANTED else 0.0
             if early > 0:  # a clock that was set must not make it long
@@ -117,6 +120,8 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, None]:
             again = renewed(attempt) or shrunk(attempt, refusal)
         if again is None or again.reservation is None:
             assert refusal is not None
+            if refusal.reason == "rate_limited" and refusal.retry_after is not None:
+                note_short(call, monotonic() + refusal.retry_after, since)
             raise refused(attempt, refusal)
         attempt.renew(again)
         store.admit(again.reservation)

@@ -179,8 +179,6 @@ def _ask(call: Call, failures: Failures) -> Flow:
                 failures.add(route, error)
                 if isinstance(error, RateLimitedError):
                     call.own_fate().left_out(route)
-                    if error.retry_after is not None:
-                        _note_short(call, pipeline.clock.monotonic() + error.retry_after)
                 if patience != inf and isinstance(error, RateLimitedError):
                     failures.early += ((route, attempts),)
                 break
@@ -208,7 +206,7 @@ def _ask(call: Call, failures: Failures) -> Flow:
                         attempts.patience if hurries else inf,
                     )
                     if attempts.why_not == "deadline":
-                        _note_short(call, now + attempts.pause)
+                        call.own_fate().was_short(now + attempts.pause, now)
                     if attempts.why_not == "patience":
                         attempts.due = now + attempts.pause
                         failures.early += ((route, attempts),)
@@ -243,7 +241,7 @@ def _resume(call: Call, attempts: Attempts) -> Generator[Effect, Any, bool]:
     attempts.due = None
     if pause is None:
         if attempts.why_not == "deadline":
-            _note_short(call, now + attempts.pause)
+            call.own_fate().was_short(now + attempts.pause, now)
         return False
     if pause > 0:
         yield Wait(None, now + pause)
@@ -333,12 +331,6 @@ def _keep(call: Call, route: Route, response: Response) -> None:
         return
     if route is call.pipeline.primary and not call.degraded:
         cache.put(call.key, response, call.context.ttl, call.list_nano)
-
-
-def _note_short(call: Call, until: float) -> None:
-    """Note that a call's deadline comes too soon for what might be done at `until`, if it does."""
-    if until >= call.deadline:
-        call.own_fate().was_short(until)
 
 
 def _opened(route: Route) -> bool:

@@ -97,12 +97,11 @@ def shared_by(call: Call) -> Callable[[Asker], bool] | None:
     fate = call.fate
     if fate is None:
         return None
-    pipeline, short = call.pipeline, fate.short
-    now, wall, model = pipeline.clock.monotonic(), pipeline.clock.time(), pipeline.primary.model
+    wall, model = call.pipeline.clock.time(), call.pipeline.primary.model
     accounts = [(rule, _drawn_on(rule, call.context, model, wall)) for rule in fate.budgets]
 
     def fits(other: Asker) -> bool:
-        if short != inf and pause_until(other, now) > short:
+        if any(pause_until(other, since) > until for until, since in fate.short):
             return False
         for rule, account in accounts:
             theirs = [each for each in other.pipeline.every_budget() if each.options == rule.options]

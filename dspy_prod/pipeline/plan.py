@@ -149,6 +149,12 @@ def pause_until(call: Asker, now: float) -> float:
     return call.deadline if call.deadline != inf else now + DEFAULT_MAX_WAIT
 
 
+def note_short(call: Call, until: float, since: float) -> None:
+    """Note that a call that waits `since` then may not wait for what might be done at `until`, if that is so."""
+    if until >= pause_until(call, since):
+        call.own_fate().was_short(until, since)
+
+
 def shrunk(old: Attempt, refusal: Refusal) -> Attempt | None:
     """The same attempt with `max_tokens` clamped to what its budget has left, when the budget wants that."""
     route, reservation = old.route, old.reservation
