@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from functools import partial
 from math import inf
 from typing import Any, Final
@@ -11,8 +12,9 @@ from typing import Any, Final
 from dspy_prod.context.scoring import is_raising
 from dspy_prod.pipeline.alone import unaided
 from dspy_prod.pipeline.attempt import Attempt
+from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Wait
-from dspy_prod.pipeline.plan import plan, renewed, shrunk, turns_at, wait_until
+from dspy_prod.pipeline.plan import hurried, note_short, plan, renewed, shrunk, turns_at, wait_until
 from dspy_prod.pipeline.refusals import refused, waited_too_long
 from dspy_prod.pipeline.taken import returned
 from dspy_prod.records import NANO
@@ -47,7 +49,8 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, None]:
     """
     call = attempt.call
     store, monotonic = call.pipeline.store, call.pipeline.clock.monotonic
-    longest = wait_until(attempt, monotonic())
+    since = monotonic()
+    longest = wait_until(attempt, since)
     patience = SCORING_PATIENCE if is_raising() else STORE_PATIENCE
     alone = False
     while True:
@@ -59,8 +62,13 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, None]:
         paused = False
         told, looked = False, 0.0  # in looks, not by the clock: where these come late, so does the store's writer
         last = time.monotonic()  # the machine's: a clock that is moved by hand gives the writer no time
+        call.line = reservation
         try:
             while reservation.state == PENDING:
+                if call.urgency < reservation.priority and not alone:  # back into line, before others
+                    again = hurried(attempt, reservation)
+                    store.withdraw(reservation)  # should it be granted meanwhile, so much the better
+                    continue
                 now = monotonic()
                 if not told and reservation.blocked_on:  # a durable store decides in a moment, which is no wait
                     told = True
@@ -74,7 +82,7 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, None]:
                     last, passed = time.monotonic(), time.monotonic() - last
                     looked += min(step, passed)
                 if now < min(until, turn):
-                    yield Wait(reservation, min(until, turn, now + step))
+                    yield Wait(reservation if alone else _InLine(call, reservation), min(until, turn, now + step))
                     continue
                 turn = inf
                 if _waits_for_money(reservation):
@@ -84,6 +92,8 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, None]:
                 elif now < until:
                     continue
                 elif store.withdraw(reservation) and (reservation.blocked_on or call.late()):
+                    if now >= longest:
+                        note_short(call, longest, since)
                     raise waited_too_long(attempt)
             early = min(reservation.granted_at - store.now(), LEAD) if reservation.state == GRANTED else 0.0
             if early > 0:  # a clock that was set must not make it long
@@ -93,6 +103,7 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, None]:
                 yield Wait(None, min(monotonic() + early, call.deadline))
                 paused = store.throttled_since(reservation.limit_key, reservation.granted_at - LEAD)
         finally:
+            call.line = None
             seconds = monotonic() - began
             call.waited += seconds
             if told:
@@ -117,9 +128,23 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, None]:
             again = renewed(attempt) or shrunk(attempt, refusal)
         if again is None or again.reservation is None:
             assert refusal is not None
+            if refusal.reason == "rate_limited" and refusal.retry_after is not None:
+                note_short(call, monotonic() + refusal.retry_after, since)
             raise refused(attempt, refusal)
         attempt.renew(again)
         store.admit(again.reservation)
+
+
+@dataclass(slots=True, eq=False)
+class _InLine:
+    """Decided when a reservation is, or when its call is to go before others."""
+
+    call: Call
+    reservation: Reservation
+
+    def attach(self, wake: Callable[[], None]) -> bool:
+        waits = self.reservation.attach(wake)  # first: who raises the call from now on wakes it
+        return waits and self.call.urgency >= self.reservation.priority
 
 
 def _waits_for_money(reservation: Reservation) -> bool:

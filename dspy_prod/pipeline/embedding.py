@@ -22,7 +22,7 @@ from dspy_prod.pipeline.call import Call, record_hit, record_served
 from dspy_prod.pipeline.cut_off import if_cut_off
 from dspy_prod.pipeline.effects import Steps, Wait
 from dspy_prod.pipeline.flow import flow
-from dspy_prod.pipeline.leading import shared_by
+from dspy_prod.pipeline.leading import hurry, shared_by
 from dspy_prod.pipeline.outcome import is_of_the_request, judge
 from dspy_prod.pipeline.refusals import too_late
 from dspy_prod.pipeline.running import stoppable
@@ -134,10 +134,14 @@ def _lead(asked: Asked, texts: Texts, callers: Callers) -> Steps:
                     if fits is None:
                         del callers[key]
             raise
-        for key, row, cost in found:  # every route has the same model, so it is everybody's
+        # Every route has the same model, so a new vector is everybody's; but who has more time might have got one.
+        fits = None if call.served != "stale" else shared_by(call)
+        for key, row, cost in found:
             asked.rows[key] = row
             if key in callers:
-                flights.answer(asked.flight(key), (row, cost, call.served))
+                flights.answer(asked.flight(key), (row, cost, call.served), fits)
+                if fits is not None:
+                    flights.hand_over(asked.flight(key), callers[key])
                 del callers[key]
 
 
@@ -229,6 +233,8 @@ def _told(asked: Asked, followed: Texts, callers: Callers, costs: dict[str, list
             return passed
         if monotonic() >= deadline:
             raise too_late(asked.call(list(followed.values())), "while waiting for an identical call")
+        for key in followed:
+            hurry(pipeline.flights, asked.flight(key), asked.urgency)
         yield from _wait(asked, followed, callers, min(deadline, monotonic() + LOOK))
         for key in followed:
             pipeline.flights.look_after(asked.flight(key))

@@ -34,7 +34,7 @@ from dspy_prod.pipeline.cut_off import if_cut_off
 from dspy_prod.pipeline.effects import Send, Wait, Warm
 from dspy_prod.pipeline.failures import Failures, shows_partial, unusable
 from dspy_prod.pipeline.keeping import keeping, replayed
-from dspy_prod.pipeline.leading import Lead, shared_by
+from dspy_prod.pipeline.leading import Lead, hurry, shared_by
 from dspy_prod.pipeline.outcome import flaw_of, judge
 from dspy_prod.pipeline.outlasting import answered, flight_of, outlasting
 from dspy_prod.pipeline.plan import fitted, only_here, pause_until, plan
@@ -74,7 +74,7 @@ def _flow(call: Call) -> Flow:
     if call.streaming or call.alone or mode != "use" or not cache.options.single_flight:
         return (yield from _send(call))
     flights = pipeline.flights
-    flight = flight_of(key, call.context.guards)
+    flight = flight_of(key, call.context.guards, is_raising())
     caller = Follower(home(), call)  # before it joins: wherever this is cut off, it says who leads or follows no more
     return (yield from if_cut_off(_together(call, key, flight, caller), partial(flights.hand_over, flight, caller)))
 
@@ -122,6 +122,7 @@ def _follow(call: Call, flight: Hashable, follower: Follower) -> Generator[Effec
     started = pipeline.clock.monotonic()
     try:
         while follower.state == WAITING:
+            hurry(flights, flight, call.urgency)
             yield Wait(follower, min(call.deadline, pipeline.clock.monotonic() + LOOK))
             if follower.state == WAITING:
                 if pipeline.clock.monotonic() < call.deadline:
@@ -177,8 +178,8 @@ def _ask(call: Call, failures: Failures) -> Flow:
                 error.model, error.route = route.model, route.name  # a breaker does not know whose route it guards
                 call.emit("rejected", model=route.model, route=route.name, reason=error.reason)
                 failures.add(route, error)
-                if isinstance(error, RateLimitedError) and error.retry_after is not None:
-                    _note_short(call, pipeline.clock.monotonic() + error.retry_after)
+                if isinstance(error, RateLimitedError):
+                    call.own_fate().left_out(route)
                 if patience != inf and isinstance(error, RateLimitedError):
                     failures.early += ((route, attempts),)
                 break
@@ -206,7 +207,7 @@ def _ask(call: Call, failures: Failures) -> Flow:
                         attempts.patience if hurries else inf,
                     )
                     if attempts.why_not == "deadline":
-                        _note_short(call, now + attempts.pause)
+                        call.own_fate().was_short(now + attempts.pause, now)
                     if attempts.why_not == "patience":
                         attempts.due = now + attempts.pause
                         failures.early += ((route, attempts),)
@@ -241,7 +242,7 @@ def _resume(call: Call, attempts: Attempts) -> Generator[Effect, Any, bool]:
     attempts.due = None
     if pause is None:
         if attempts.why_not == "deadline":
-            _note_short(call, now + attempts.pause)
+            call.own_fate().was_short(now + attempts.pause, now)
         return False
     if pause > 0:
         yield Wait(None, now + pause)
@@ -331,12 +332,6 @@ def _keep(call: Call, route: Route, response: Response) -> None:
         return
     if route is call.pipeline.primary and not call.degraded:
         cache.put(call.key, response, call.context.ttl, call.list_nano)
-
-
-def _note_short(call: Call, until: float) -> None:
-    """Note that a call's deadline comes too soon for what might be done at `until`, if it does."""
-    if until >= call.deadline:
-        call.own_fate().was_short(until)
 
 
 def _opened(route: Route) -> bool:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Hashable
 from math import inf
 from typing import Any, Final
 
 from dspy_prod.context.current import CallContext
 from dspy_prod.errors import BudgetExceededError
+from dspy_prod.options import PRIORITIES
 from dspy_prod.pipeline.call import Asker, Call
 from dspy_prod.pipeline.effects import Wait
-from dspy_prod.pipeline.plan import pause_until
+from dspy_prod.pipeline.plan import caps_on, pause_until, rules_on
 from dspy_prod.pipeline.refusals import too_late
+from dspy_prod.pipeline.routes import Route
 from dspy_prod.policies.budget import BudgetRule
 from dspy_prod.policies.cache import ResponseCache
 from dspy_prod.policies.entries import Entry, store_key
-from dspy_prod.policies.singleflight import Home, gone
+from dspy_prod.policies.run import claims_of
+from dspy_prod.policies.singleflight import Flights, Home, gone
 
 PAUSE: Final = 0.002
 """Seconds after which it is looked first whether another process has its answer; then each time half as long again."""
@@ -85,29 +88,61 @@ class Lead:
             self._led = False  # last: should this be interrupted, it is done again
 
 
+def hurry(flights: Flights, flight: Hashable, urgency: int) -> None:
+    """Have who leads a flight go as early as one of its followers does. To be called again: the lead may be passed."""
+    leader = flights.leader(flight)
+    if leader is not None and leader.asks is not None:
+        leader.asks.hurry(urgency)
+
+
 def shared_by(call: Call) -> Callable[[Asker], bool] | None:
     """Whether the outcome of a call holds for a follower too; None: for all of them.
 
-    A budget may have made it another one than that of a follower who draws on another account, and who has more time
-    might have got what this call had none for.
+    A budget may have made it another one than that of a follower who draws on another account, who has more time might
+    have got what this call had none for, and who is counted by nothing or goes first a route that this one left.
     """
     fate = call.fate
     if fate is None:
         return None
-    pipeline, short = call.pipeline, fate.short
-    now, wall, model = pipeline.clock.monotonic(), pipeline.clock.time(), pipeline.primary.model
+    wall, model = call.pipeline.clock.time(), call.pipeline.primary.model
     accounts = [(rule, _drawn_on(rule, call.context, model, wall)) for rule in fate.budgets]
 
     def fits(other: Asker) -> bool:
-        if short != inf and pause_until(other, now) > short:
+        if any(pause_until(other, since) > until for until, since in fate.short):
             return False
         for rule, account in accounts:
             theirs = [each for each in other.pipeline.every_budget() if each.options == rule.options]
             if not any(_drawn_on(each, other.context, model, wall) == account for each in theirs):
                 return False
-        return True
+        return all(_leaves_too(other, route, call) for route in fate.left)
 
     return fits
+
+
+def _leaves_too(other: Asker, route: Route, call: Call) -> bool:
+    """Whether another caller would leave a route that a call left, as far as both are counted alike and the other one
+    stands no better in line.
+    """
+    mine, its, by = call.context, other.context, route.limit.fair_by
+    routes = call.pipeline.routes  # those of the other are as many; what a budget degraded to is in neither
+    theirs = other.pipeline.routes[routes.index(route)] if route in routes else route
+    if PRIORITIES[its.priority] < PRIORITIES[mine.priority] or its.aside != mine.aside:
+        return False
+    if by is not None and getattr(its, by) != getattr(mine, by):
+        return False
+    *counted, patience = _counted(call, route)
+    *like, longest = _counted(other, theirs)
+    return like == counted and longest <= patience and _dear(theirs) == _dear(route)
+
+
+def _counted(asker: Asker, route: Route) -> tuple[bool, bool, float]:
+    """(whether a call's money is counted on a route, its tokens, seconds its budgets let it wait there)."""
+    pipeline, context = asker.pipeline, asker.context
+    rules = [rule for rule in rules_on(pipeline.budgets, route) if not (context.aside and rule.personal)]
+    runs = {claim.dimension for claim in claims_of(context.guards)} if context.guards else set()
+    waits = [rule.options.max_wait for rule in rules if rule.options.max_wait is not None]
+    money = bool(rules) or bool(caps_on(pipeline.caps, route)) or "usd" in runs
+    return money, "tokens" in runs, min(waits, default=inf)
 
 
 def _drawn_on(rule: BudgetRule, context: CallContext, model: str, wall: float) -> str | None:
@@ -120,3 +155,14 @@ def _drawn_on(rule: BudgetRule, context: CallContext, model: str, wall: float) -
         return rule.account(context, model, wall).key
     except BudgetExceededError:
         return None
+
+
+def _dear(route: Route) -> tuple[int | None, ...] | None:
+    """By what the cost of an attempt is bounded on a route, None where no price is known."""
+    rates = route.rates()
+    if rates is None:
+        return None
+    return rates.max_input_tokens, rates.max_output_tokens, rates.bound(_MANY, 0), rates.bound(0, _MANY)
+
+
+_MANY: Final = 1_000_000

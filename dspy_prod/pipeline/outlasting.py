@@ -77,12 +77,12 @@ def outlasting(call: Call, once: Round) -> Steps:
             return call.hit(entry)
 
 
-def flight_of(key: Hashable, runs: tuple[Run, ...]) -> Hashable:
+def flight_of(key: Hashable, runs: tuple[Run, ...], scored: bool) -> Hashable:
     """The flight that calls of these runs share: with those that outlast an outage as long, and who does not with none
-    of them.
+    of them. Nor does what is scored with what is not, which leaves a busy route early.
     """
     patience = _patience([run for run in runs if run.outages.patience > 0]) if runs else 0.0
-    return (key, patience) if patience else key
+    return (key, patience, scored) if patience or scored else key
 
 
 def _patience(runs: list[Run]) -> float:

@@ -13,6 +13,7 @@ from dspy.lm15 import Response
 from dspy_prod.context.current import CallContext
 from dspy_prod.options import Cache
 from dspy_prod.pipeline.routes import Route
+from dspy_prod.pipeline.upstream.destination import digest
 from dspy_prod.policies.budget import BudgetRule
 from dspy_prod.policies.cache import ResponseCache
 from dspy_prod.policies.entries import Entry
@@ -138,10 +139,11 @@ class SharedCache:
         reset_after_fork(self)
 
     def flights(self, routes: tuple[Route, ...]) -> Flights:
-        """The flights of calls that would be sent the same ways, and as insistently, so that one's error is the other's
-        too: what one LM has no patience for, another one may get.
+        """The flights of calls that would be sent the same on the same ways, and as insistently, so that one's answer
+        or error is the other's too: a fallback that is told something else gives the answer to another request, and
+        what one LM has no patience for, or may not ask by its own limit or circuit, another one may get.
         """
-        key = tuple([(each.limit_key, _sender(each.upstream.spec), each.timeout, each.retry) for each in routes])
+        key = tuple([(*_sent(each), each.timeout, each.retry, each.limit, each.breaker) for each in routes])
         with self._lock:
             found = self._flights.get(key)
             if found is None:
@@ -155,9 +157,17 @@ class SharedCache:
             flights._after_fork()
 
 
+def _sent(route: Route) -> tuple[Any, ...]:
+    """What a route adds to a request, and who sends it where. Nothing of it is written or shown."""
+    upstream = route.upstream
+    own = [digest(settings) if settings else "" for settings in (route.defaults, upstream.extras)]
+    senders = _sender(upstream.spec), _sender(upstream.async_spec)
+    return route.limit_key, upstream.model_type, *senders, *own
+
+
 def _sender(spec: Any) -> Any:
     # An `id` will do: the pipeline that flies keeps its engine alive.
-    return spec if isinstance(spec, str) else (type(spec).__qualname__, id(spec))
+    return spec if spec is None or isinstance(spec, str) else (type(spec).__qualname__, id(spec))
 
 
 def clear_answers(store: Store) -> None:

@@ -11,7 +11,6 @@ from dspy.lm15 import Request
 
 from dspy_prod.context.scoring import is_raising
 from dspy_prod.errors import BudgetExceededError, RateLimitedError, RejectedError, StoppedError, UnpricedModelError
-from dspy_prod.options import PRIORITIES
 from dspy_prod.pipeline.attempt import Attempt
 from dspy_prod.pipeline.call import Asker, Call
 from dspy_prod.policies.budget import BudgetRule
@@ -52,11 +51,11 @@ def plan(call: Call, route: Route, number: int, patience: float = inf) -> Attemp
         request = _with_defaults(request, route.defaults)
     if route.fitting is not None:
         request = fitted(call, route, request)
-    rules = _rules(pipeline.budgets, route) if route.rules else pipeline.budgets
+    rules = rules_on(pipeline.budgets, route) if route.rules else pipeline.budgets
     if call.context.aside:
         rules = tuple([rule for rule in rules if not rule.personal])
     limited = route.limited or route.state.identity.throttled
-    caps = _caps(pipeline.caps, route) if pipeline.capped else ()
+    caps = caps_on(pipeline.caps, route) if pipeline.capped else ()
     attempt = Attempt(call, route, request, number, None, rules, pipeline.clock.monotonic())
     attempt.patience = patience
     if not rules and not limited and not caps:
@@ -117,21 +116,24 @@ def turns_at(attempt: Attempt, now: float) -> float:
 
 
 def only_here(call: Call, route: Route, first: Route, error: RejectedError) -> bool:
-    """Whether a refusal concerns this route alone, so that the next one is worth a try. A budget's is noted."""
+    """Whether a refusal concerns this route alone, so that the next one is worth a try. It is noted whose it is."""
     if isinstance(error, StoppedError):
         return error.scope == "model"
     if isinstance(error, UnpricedModelError):
+        call.own_fate().left_out(route)
         return route is not first  # a fallback that no budget can bound must not hide why it was needed
     if not isinstance(error, BudgetExceededError):
         return False
     shared = call.pipeline.budgets
-    rules = _rules(shared, route)
+    rules = rules_on(shared, route)
     own = [rule for rule in rules if rule.options.scope == "model" or rule not in shared]
-    own += _caps(call.pipeline.caps, route)  # another model may be cheaper
+    own += caps_on(call.pipeline.caps, route)  # another model may be cheaper
     for rule in own:
         title = rule.options.title
         if error.budget == title or error.budget.startswith(f"{title}="):
-            call.own_fate().shaped_by(rule)
+            fate = call.own_fate()
+            fate.shaped_by(rule)
+            fate.left_out(route)
             return True
     return False
 
@@ -144,6 +146,23 @@ def wait_until(attempt: Attempt, now: float) -> float:
 def pause_until(call: Asker, now: float) -> float:
     """Monotonic time up to which a call may pause before it tries a route again (Retry-After included)."""
     return call.deadline if call.deadline != inf else now + DEFAULT_MAX_WAIT
+
+
+def hurried(old: Attempt, reservation: Reservation) -> Attempt:
+    """The same attempt before others in line, as one of its followers would stand there."""
+    now = old.call.pipeline.clock.monotonic()
+    again = Attempt(
+        old.call, old.route, old.request, old.number, old.bound, old.rules, now, patience=old.patience
+    )  # fmt: skip
+    limited = reservation.limit_key is not None
+    again.reservation = _reservation(again, reservation.tokens, tuple(reservation.accounts), limited)
+    return again
+
+
+def note_short(call: Call, until: float, since: float) -> None:
+    """Note that a call that waits `since` then may not wait for what might be done at `until`, if that is so."""
+    if until >= pause_until(call, since):
+        call.own_fate().was_short(until, since)
 
 
 def shrunk(old: Attempt, refusal: Refusal) -> Attempt | None:
@@ -203,7 +222,7 @@ def _reservation(attempt: Attempt, tokens: int, accounts: tuple[Account, ...], l
     fair = "" if limit.fair_by is None or context.aside else (getattr(context, limit.fair_by) or "")
     key, settings = (route.limit_key, limit) if limited else (None, None)
     return Reservation(
-        id, key, settings, tokens, accounts, bound or 0, PRIORITIES[context.priority], fair, horizon, lease,
+        id, key, settings, tokens, accounts, bound or 0, call.urgency, fair, horizon, lease,
         partial(_stub, call, route, id, attempt.number, bound, accounts) if accounts else None,
     )  # fmt: skip
 
@@ -258,13 +277,13 @@ def _wait_until(attempt: Attempt, now: float) -> float:
     return min(call.deadline, now + longest)
 
 
-def _rules(budgets: tuple[BudgetRule, ...], route: Route) -> tuple[BudgetRule, ...]:
+def rules_on(budgets: tuple[BudgetRule, ...], route: Route) -> tuple[BudgetRule, ...]:
     """The budgets of the pipeline and the route's own, each account once."""
     titles = {rule.options.title for rule in budgets}
     return (*budgets, *[rule for rule in route.rules if not rule.caps and rule.options.title not in titles])
 
 
-def _caps(caps: tuple[BudgetRule, ...], route: Route) -> tuple[BudgetRule, ...]:
+def caps_on(caps: tuple[BudgetRule, ...], route: Route) -> tuple[BudgetRule, ...]:
     """What caps a call on this route: for all routes, and for this one alone."""
     return (*caps, *[rule for rule in route.rules if rule.caps and rule not in caps])
 

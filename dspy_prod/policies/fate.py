@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import inf
+from typing import Any
 
 from dspy_prod.policies.budget import BudgetRule
 
@@ -12,21 +12,28 @@ class Fate:
 
     Attributes:
         budgets: those that had it ask a cheaper model, ask for fewer tokens, or leave a route out.
-        short: monotonic time by which its deadline came too soon for a further attempt; `inf`: none was left out for
-            that.
+        short: (when a further attempt would have begun for which it had no time, since when it would have waited), in
+            monotonic time, of each that was left out for that.
+        left: routes that its own limit did not let it ask, or that no budget or run of its own could bound.
     """
 
-    __slots__ = ("budgets", "short")
+    __slots__ = ("budgets", "left", "short")
 
     def __init__(self) -> None:
         self.budgets: tuple[BudgetRule, ...] = ()
-        self.short = inf
+        self.short: tuple[tuple[float, float], ...] = ()
+        self.left: tuple[Any, ...] = ()
 
     def shaped_by(self, rule: BudgetRule) -> None:
         """Note such a budget."""
         if rule not in self.budgets:
             self.budgets += (rule,)
 
-    def was_short(self, until: float) -> None:
-        """Note that a further attempt would have begun at `until`."""
-        self.short = min(self.short, until)
+    def left_out(self, route: Any) -> None:
+        """Note such a route."""
+        if route not in self.left:
+            self.left += (route,)
+
+    def was_short(self, until: float, since: float) -> None:
+        """Note that a further attempt would have begun at `until`, of a call that waited `since` then."""
+        self.short += ((until, since),)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,10 @@ from dspy.lm15 import Message, Request, Response, Usage
 from dspy.utils.exceptions import LMServerError, LMTimeoutError
 
 import dspy_prod
-from dspy_prod import Budget, Cache, Price, Retry, Run, call_context
+from dspy_prod import Budget, Cache, Price, RateLimit, Retry, Run, call_context
+from dspy_prod.pipeline import plan
 from dspy_prod.testing import FakeClock, Hang, Provider, ScriptedEngine, Status
-from tests.compose.support import A_CENT, MODEL, SPARE, Caller, Gate, down, following, idle, over, records, until
+from tests.compose.support import A_CENT, MODEL, SPARE, Caller, Gate, down, following, idle, over, records, spare, until
 
 _numbers = itertools.count()
 
@@ -184,6 +186,60 @@ def test_a_pause_that_nobody_may_make_is_everybody_s_verdict() -> None:
     gate.open()
     assert [type(caller.outcome()) for caller in (leader, follower)] == [LMServerError] * 2
     assert engine.calls == 1
+
+
+@pytest.mark.parametrize("way", ["call", "acall"])
+@pytest.mark.parametrize("turn", ["at once", "when its turn comes again"])
+def test_a_pause_that_a_leader_without_a_deadline_does_not_make_is_made_by_who_may(
+    monkeypatch: pytest.MonkeyPatch, way: str, turn: str
+) -> None:
+    """Given a leader without a deadline, which pauses for 60 s at most (here for one), when the upstream asks for more,
+    then those without a deadline fail with it, and who has a longer one asks again."""
+    monkeypatch.setattr(plan, "DEFAULT_MAX_WAIT", 1.0)
+    gate = Gate(down(503, retry_after=1.2))
+    engine = ScriptedEngine([gate, "ok"])
+    last = [] if turn == "at once" else [spare(ScriptedEngine(lambda _: down(500)))]
+    lm = over(engine, cache=True, retry=Retry(patience=0.1), fallbacks=last)
+    ask = (lambda: lm("q")) if way == "call" else (lambda: asyncio.run(lm.acall("q")))
+    leader = Caller(ask)
+    assert gate.arrived.wait(30)
+    others = [Caller(ask), Caller(within(ask, deadline=60)), Caller(within(ask, deadline=50))]
+    until(lambda: following(lm) == 3)
+    gate.open()
+    assert [type(caller.outcome()) for caller in (leader, others[0])] == [LMServerError] * 2
+    assert [caller.outcome() for caller in others[1:]] == [["ok"]] * 2
+    assert engine.calls == 2
+    assert idle(lm)
+
+
+@pytest.mark.parametrize("wait", ["in line", "foreseen"])
+def test_a_line_that_a_leader_without_a_deadline_left_is_waited_in_by_who_may(
+    monkeypatch: pytest.MonkeyPatch, wait: str
+) -> None:
+    """Given a busy primary and a fallback that is down, when a leader has waited as long as a call without a deadline
+    does, or would have to wait for longer, then who has a longer one waits on, and the others fail with it."""
+    monkeypatch.setattr(plan, "DEFAULT_MAX_WAIT", 1.0)
+    busy, gate = Gate("busy"), Gate(down(500))
+    limit = RateLimit(concurrency=1) if wait == "in line" else RateLimit(rpm=40, burst=1)
+    lm = over(
+        ScriptedEngine([busy, "ok"]), cache=True, retry=Retry(attempts=2, patience=0.0, backoff=0.001), limit=limit,
+        fallbacks=[dspy_prod.LM(SPARE, engine=ScriptedEngine([gate, down(500)]), store="memory://", retry=False)],
+    )  # fmt: skip
+    sits = Caller(lambda: lm("busy"))
+    assert busy.arrived.wait(30)
+    if wait == "foreseen":
+        busy.open()
+        assert sits.outcome() == ["busy"]
+    leader = Caller(lambda: lm("q"))
+    assert gate.arrived.wait(30)
+    others = [Caller(lambda: lm("q")), Caller(within(lambda: lm("q"), deadline=60))]
+    until(lambda: following(lm) == 2)
+    gate.open()
+    assert [type(caller.outcome()) for caller in (leader, others[0])] == [LMServerError] * 2
+    busy.open()
+    assert sits.outcome() == ["busy"]
+    assert others[1].outcome() == ["ok"]
+    assert idle(lm)
 
 
 def test_who_tries_harder_does_not_follow() -> None:

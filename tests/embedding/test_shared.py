@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ from dspy.utils.exceptions import LMError, LMInvalidRequestError, LMServerError,
 
 import dspy_prod
 from dspy_prod import Cache, Retry, call_context
+from dspy_prod.context.scoring import raising
 from dspy_prod.pipeline import embedding
 from dspy_prod.testing import FakeClock
 from tests.compose.support import Caller
@@ -120,6 +122,55 @@ def test_a_retry_that_a_leader_had_no_time_for_is_made_by_who_has(make: MakeEmbe
     assert isinstance(leader.outcome(), LMServerError)
     assert follower.outcome().tolist() == [1.0, 1.0]
     assert upstream.asked == [["a"], ["a"]]
+
+
+@pytest.mark.parametrize("way", ["call", "acall"])
+def test_a_stale_vector_given_for_lack_of_time_is_for_those_who_have_no_more(make: MakeEmbedder, way: str) -> None:
+    """Who has time for the retry gets a new one; its texts stand in a batch with others, which nobody follows."""
+    clock = FakeClock()
+    upstream = Upstream()
+    kept = Cache(ttl=10, ttl_jitter=0, stale_if_error=1000)
+    embedder = make(upstream, clock=clock, caching=kept, retry=Retry(), breaker=False)
+    ask = (lambda: embedder(["a", "bb"])) if way == "call" else (lambda: asyncio.run(embedder.acall(["a", "bb"])))
+    ask()
+    clock.advance(11)
+    upstream.errors, upstream.once = {"a": LMServerError("busy", status=503, retry_after=2.0)}, True
+    upstream.hold("a")
+    callers = [Caller(within(ask, deadline=1.9, user="hurried"))]
+    until(lambda: len(upstream.asked) == 2)
+    one = (lambda: embedder("a")) if way == "call" else (lambda: asyncio.run(embedder.acall("a")))
+    callers += [Caller(within(one, deadline=1.8, user="as hurried")), Caller(within(one, user="patient"))]
+    until(lambda: embedder.pipeline.flights.following() == 2)
+    upstream.open("a")
+    assert callers[0].outcome().tolist() == [[1.0, 1.0], [2.0, 1.0]]
+    assert [caller.outcome().tolist() for caller in callers[1:]] == [[1.0, 1.0]] * 2
+    assert upstream.asked[2:] == [["a"]]
+    assert outcomes(embedder, "hurried") == ["error", "stale"]
+    assert outcomes(embedder, "as hurried") == ["stale"]
+    assert outcomes(embedder, "patient") == ["ok"]
+    assert len(embedder.pipeline.flights) == 0
+
+
+def test_what_is_scored_does_not_follow_what_leaves_a_busy_route_early(make: MakeEmbedder) -> None:
+    upstream = Upstream()
+    embedder = make(upstream)
+    upstream.hold("a")
+
+    def scored() -> Any:
+        with raising():
+            return embedder("a")
+
+    callers = [Caller(lambda: embedder("a"))]
+    until(lambda: len(upstream.asked) == 1)
+    callers.append(Caller(scored))
+    until(lambda: len(upstream.asked) == 2 or embedder.pipeline.flights.following())
+    assert upstream.asked == [["a"], ["a"]]
+    callers.append(Caller(scored))
+    until(lambda: embedder.pipeline.flights.following() == 1)
+    upstream.open("a")
+    assert [caller.outcome().tolist() for caller in callers] == [[1.0, 1.0]] * 3
+    assert len(upstream.asked) == 2
+    assert len(embedder.pipeline.flights) == 0
 
 
 # -- what came meanwhile ---------------------------------------------------------------------------------------------

@@ -301,7 +301,7 @@ class Crowd:
                 if ending == "fail":
                     yield from failing(call)
                 if ending == "own":  # nobody else is to have its answer
-                    call.own_fate().was_short(0.0)
+                    call.own_fate().was_short(0.0, 0.0)
             return (yield from send(call))
 
         monkeypatch.setattr(flow, "_send", sending)
