@@ -27,6 +27,7 @@ from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError, billed_by
 from dspy_prod.pipeline.upstream.errors import public_error
 from dspy_prod.pipeline.upstream.headers import remaining
 from dspy_prod.pipeline.upstream.usage import believed
+from dspy_prod.pipeline.upstream.workers import NoWorkerError
 from dspy_prod.policies.entries import EMPTY_USAGE
 from dspy_prod.pricing.rates import Rates
 from dspy_prod.records import MOST_TOKENS, CallRecord, usd
@@ -94,7 +95,11 @@ def _failed(attempt: Attempt, raised: BaseException, latency: float) -> BaseExce
         late = raised.late
         met = late is not None or not attempt.stayed  # one that goes on in its worker may yet meet it
         over = max(attempt.until, attempt.started + latency) >= call.deadline  # a busy machine wakes late
-        if over and not isinstance(raised, StalledError):
+        if isinstance(raised, NoWorkerError):
+            lacking = "every thread for calls hangs in one that was given up"
+            error = LMTimeoutError(lacking, model=route.model, provider=route.upstream.provider)
+            verdict = judge(error)._replace(failure=False, sent=False, owed=False)  # nobody was asked
+        elif over and not isinstance(raised, StalledError):
             error = too_late(call, "while the upstream was working" if met else "before the upstream was reached")
             error.working = True
             verdict = own_deadline(worked, route.timeout)

@@ -19,6 +19,10 @@ from dspy_prod.runtime.threads import begin
 T = TypeVar("T")
 
 
+class NoWorkerError(AttemptTimeoutError):
+    """Every worker hangs in an attempt that was given up: this one was not begun, whatever time it had."""
+
+
 class Job(Generic[T]):
     """A function running in a worker thread, whose end can be awaited, bounded, or heard of later."""
 
@@ -75,7 +79,7 @@ class Workers:
         """Run `function` in a worker, with the caller's context variables.
 
         Raises:
-            AttemptTimeoutError: every worker hangs; the upstream does not answer and more threads would not help.
+            NoWorkerError: every worker hangs; the upstream does not answer and more threads would not help.
             LMLockTimeoutError: this process can start no thread.
         """
         job: Job[T] = Job()
@@ -89,7 +93,7 @@ class Workers:
                 self._idle -= 1
                 start = False
             elif self._count >= self._limit:
-                raise AttemptTimeoutError
+                raise NoWorkerError
             else:
                 self._count += 1
                 start = True
