@@ -190,8 +190,8 @@ def _events(effect: Send, answer: Answer) -> Generator[StreamEvent, None, None]:
         engine, native = route.upstream.sync_engine(effect.request, effect.beside, until)
         if not native:
             _hand_over(effect, engine)
-        if native:  # its transport ends in time by itself, and its reads are bounded by `timeout`
-            source = within(engine.stream(effect.request), until, effect.goes)
+        if native:  # its transport ends in time by itself
+            source = within(engine.stream(effect.request), until, effect.goes, route.timeout)
         elif until == inf and (route.timeout is None or isinstance(route.upstream.spec, str)):
             # Nothing to bound, or LiteLLM, which bounds its reads by `timeout` too.
             source = engine.stream(effect.request)
