@@ -196,7 +196,7 @@ def _events(effect: Send, answer: Answer) -> Generator[StreamEvent, None, None]:
             # Nothing to bound, or LiteLLM, which bounds its reads by `timeout` too.
             source = engine.stream(effect.request)
         else:
-            source = bounded_stream(lambda: engine.stream(effect.request), until, route.timeout)
+            source = bounded_stream(lambda: answer.overheard(engine.stream(effect.request)), until, route.timeout)
         with closing(checked_stream(source, provider=route.upstream.provider)) as events:
             for event in events:
                 for shown in answer.take(event):
