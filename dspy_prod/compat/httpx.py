@@ -72,10 +72,7 @@ def _install() -> None:
                 return bool(found.fget(self))
             own = stay.hears(self)
             bound(self, stay if own else Stay(stay.until))
-            follows = bool(found.fget(self)) and not _leaves(self)
-            if follows and own:
-                stay.left = False  # who sends on has worked for nobody; the request is to go out once more
-            return follows
+            return bool(found.fget(self)) and not _leaves(self)
 
         httpx.Response.has_redirect_location = property(has_redirect_location)  # type: ignore[assignment,method-assign]
         httpx.Client.send = _telling(httpx.Client.send)  # type: ignore[method-assign]
@@ -133,8 +130,8 @@ def _traced(stay: Stay, other: Any) -> Any:
     """What httpcore calls at each step of a request, see its "trace" extension."""
 
     def trace(name: str, info: Any) -> None:
-        if name.endswith(_GOES):
-            stay.left = True
+        if _goes(name, info):
+            stay.goes()
         if other is not None:
             other(name, info)
 
@@ -145,12 +142,17 @@ def _atraced(stay: Stay, other: Any) -> Any:
     """The same for tasks."""
 
     async def trace(name: str, info: Any) -> None:
-        if name.endswith(_GOES):
-            stay.left = True
+        if _goes(name, info):
+            stay.goes()
         if other is not None:
             await other(name, info)
 
     return trace
+
+
+def _goes(name: str, info: Any) -> bool:
+    """Whether a step is that a request goes out, and not what asks a proxy for a way to where it goes."""
+    return name.endswith(_GOES) and info["request"].method != b"CONNECT"
 
 
 def _telling_aiohttp(send: Any) -> Any:
@@ -159,8 +161,8 @@ def _telling_aiohttp(send: Any) -> Any:
     @wraps(send)
     async def sending(self: Any, connection: Any) -> Any:
         stay = _ASKING.get()
-        if stay is not None:
-            stay.left = True
+        if stay is not None and self.method != "CONNECT":
+            stay.goes()
         return await send(self, connection)
 
     return sending

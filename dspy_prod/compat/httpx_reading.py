@@ -100,7 +100,8 @@ class _Bounded(_Decoder):
         self._until = stay.until + bounds.LATE
         self._stay = stay
         self._last = b""
-        self._line: bytes | None = b"" if "text/event-stream" in content_type.lower() else None
+        self._line: list[bytes] | None = [] if "text/event-stream" in content_type.lower() else None
+        self._length = 0  # of that line, which comes in pieces
 
     def decode(self, data: bytes) -> bytes:
         if time.monotonic() > self._until:
@@ -127,14 +128,17 @@ class _Bounded(_Decoder):
         if self._line is None:
             self._stay.odd = _ODD.search(self._last + data) is not None
             return
-        *lines, self._line = (self._line + data).splitlines(keepends=True) or [b""]
-        if self._line.endswith((b"\n", b"\r")):
-            lines.append(self._line)
-            self._line = b""
-        if len(self._line) > _LONGEST_LINE:
-            lines.append(self._line)
-            self._line = self._line[-_OVERLAP:]
-        self._stay.odd = any(_ODD.search(line) and _counts_oddly(line) for line in lines)
+        for piece in data.splitlines(keepends=True):
+            self._line.append(piece)
+            self._length += len(piece)
+            ends = piece.endswith((b"\n", b"\r"))
+            if ends or self._length > _LONGEST_LINE:
+                line = b"".join(self._line)
+                self._line = [] if ends else [line[-_OVERLAP:]]
+                self._length = 0 if ends else _OVERLAP
+                if _ODD.search(line) and _counts_oddly(line):
+                    self._stay.odd = True
+                    return
 
     def _hear(self, data: bytes) -> None:
         heard = self._last + data

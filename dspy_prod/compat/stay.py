@@ -16,6 +16,9 @@ Came = Literal["whole", "begun"]
 _FETCHING: Final = frozenset({"GET", "HEAD"})
 _FORM: Final = "application/x-www-form-urlencoded"
 """How a token is asked for, see RFC 6749; no model is."""
+_SENDS_ON: Final = frozenset({307, 308})
+"""Statuses that have a request sent elsewhere as it is: who says them has not worked on it. A 303 says that it was
+taken, and what it came to is elsewhere; httpx makes the same of 301 and 302."""
 _BEFORE: Final = frozenset({"pre_call_rules", "async_pre_call_deployment_hook"})
 """Functions of LiteLLM by which its user can stop a request before it is sent."""
 _REJECTING: Final = frozenset({"post_call_rules", "validate_schema", "async_post_call_success_deployment_hook"})
@@ -72,7 +75,7 @@ class Stay:
     Attributes:
         answer: httpx's answer to the last request that asked a model; None while that is not answered, or when the
             attempt is over.
-        left: a request that asks a model went out, as its transport tells.
+        left: a request that asks a model went out, as its transport tells, or its answer.
         over: nothing that is sent from now on is for it.
         within: the code of the function that sends for it: who called that says nothing of what is sent.
         odd: a counter of tokens in it was no whole number, see `httpx_reading`.
@@ -82,15 +85,15 @@ class Stay:
     """
 
     __slots__ = (
-        "_asked", "_home", "_outside", "_untold", "answer", "code", "left", "odd", "over", "reason", "uncounted",
-        "until", "within",
+        "_asked", "_home", "_moved", "_outside", "_untold", "answer", "code", "left", "odd", "over", "reason",
+        "uncounted", "until", "within",
     )  # fmt: skip
 
     def __init__(self, until: float = inf) -> None:
         self.until = until
         self.over = False
         self.within: CodeType | None = None
-        self._asked = self._untold = self.left = False
+        self._asked = self._untold = self._moved = self.left = False
         self._home = _here()
         self._outside = sys.exc_info()[1]  # what its caller handles is the context of all that is raised in it
         self._forget()
@@ -121,16 +124,26 @@ class Stay:
             self._untold = True
         return tells
 
+    def goes(self) -> None:
+        """Hear that such a request goes out now."""
+        self.left, self._moved = True, False
+
     @property
     def waits(self) -> bool:
         """Whether a model was to be asked and certainly was not, as no connection was made before the attempt ended."""
         return self._asked and not (self.left or self._untold)
+
+    @property
+    def moved(self) -> bool:
+        """Whether whoever the request went to has only sent it on, and it certainly has not gone out again."""
+        return self._moved and not self._untold
 
     def hears(self, response: Any) -> bool:
         """Take httpx's answer for the attempt's own, if it is to a request that asked a model; whether it is."""
         own = self._asks(response.request)
         if own:
             self.answer = response
+            self.left, self._moved = True, response.status_code in _SENDS_ON
         return own
 
     def _asks(self, request: Any) -> bool:
@@ -180,7 +193,7 @@ class Stay:
     def mark(self, error: Exception) -> None:
         """Say of the error what it was raised for, see `Mark`, and the code told: LiteLLM makes up a status."""
         unasked = not self._asked and _raised_in(_BEFORE, error, self._outside)
-        set_mark(error, Mark(self.came, self.rejects(error), unasked, self.left))
+        set_mark(error, Mark(self.came, self.rejects(error), unasked, self.left and not self.moved))
         with suppress(AttributeError):
             if self.code is not None and getattr(error, "provider_code", None) is None:
                 error.provider_code = self.code  # type: ignore[attr-defined]
@@ -200,7 +213,12 @@ class Attending:
     @property
     def waits(self) -> bool:
         """Whether the last request certainly did not go out, see `Stay.waits`. To be asked when it has ended."""
-        return self.stay is not None and self.stay.waits
+        return self.stay is None or self.stay.waits
+
+    @property
+    def moved(self) -> bool:
+        """Whether nobody has worked on the last request, though it went out, see `Stay.moved`."""
+        return self.stay is not None and self.stay.moved
 
     def attend(self) -> Stay:
         """Begin an attempt, in the thread or task that sends."""

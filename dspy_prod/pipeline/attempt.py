@@ -18,6 +18,7 @@ from dspy_prod.stores.base import GRANTED, PENDING, Reservation
 
 if TYPE_CHECKING:
     from dspy_prod.pipeline.routes import Route
+    from dspy_prod.pipeline.upstream.ends import LateResult
 
 CameTo: TypeAlias = "tuple[CallRecord | None, int | None, int | None, bool, bool]"
 """What an attempt came to: its record, its cost, its tokens, whether it was sent, whether the cost is an estimate."""
@@ -78,6 +79,12 @@ class Attempt:
     def stayed(self) -> bool:
         """Whether the driver had it, and nothing of it has reached the provider. To be asked when it has ended."""
         return self.send is not None and not self.send.left
+
+    @property
+    def late(self) -> LateResult | None:
+        """What goes on, or may, in a worker though nobody waits for it: it holds what it has until it ends."""
+        late = None if self.send is None else self.send.late
+        return None if late is None or late.heard else late
 
     @property
     def held(self) -> Reservation | None:

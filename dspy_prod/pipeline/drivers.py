@@ -36,6 +36,7 @@ from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
 from dspy_prod.pipeline.upstream.errors import public_error
 from dspy_prod.pipeline.upstream.headers import forget_refusal
 from dspy_prod.pipeline.upstream.replay import replay
+from dspy_prod.pipeline.upstream.workers import Job
 
 
 # -- whole answers ---------------------------------------------------------------------------------------------------
@@ -144,10 +145,16 @@ def _send(effect: Send) -> Response:
             finally:
                 ATTEMPT_UNTIL.reset(ends)
                 LEAVING.reset(leaves)
-        _hand_over(effect, engine)
         if until == inf:
+            _hand_over(effect, engine)
             return _checked(engine.complete(request))
-        return _checked(bounded(lambda: engine.complete(request), until))
+
+        def complete() -> Response:
+            _hand_over(effect, engine)
+            return engine.complete(request)
+
+        effect.late = job = Job[Response]()
+        return _checked(bounded(complete, until, job))
     except Exception as error:
         raise public_error(error, effect.route.upstream, effect.until, outside) from error
 
@@ -188,15 +195,20 @@ def _events(effect: Send, answer: Answer) -> Generator[StreamEvent, None, None]:
     route, until = effect.route, effect.until
     try:
         engine, native = route.upstream.sync_engine(effect.request, effect.beside, until)
-        if not native:
-            _hand_over(effect, engine)
         if native:  # its transport ends in time by itself
             source = within(engine.stream(effect.request), until, effect.goes, route.timeout)
         elif until == inf and (route.timeout is None or isinstance(route.upstream.spec, str)):
             # Nothing to bound, or LiteLLM, which bounds its reads by `timeout` too.
+            _hand_over(effect, engine)
             source = engine.stream(effect.request)
         else:
-            source = bounded_stream(lambda: answer.overheard(engine.stream(effect.request)), until, route.timeout)
+
+            def open_stream() -> Any:
+                _hand_over(effect, engine)
+                return answer.overheard(engine.stream(effect.request))
+
+            effect.late = job = Job[None]()
+            source = bounded_stream(open_stream, until, route.timeout, job)
         with closing(checked_stream(source, provider=route.upstream.provider)) as events:
             for event in events:
                 for shown in answer.take(event):

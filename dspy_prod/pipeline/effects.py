@@ -10,6 +10,7 @@ from dspy.lm15 import Request, Response
 
 if TYPE_CHECKING:
     from dspy_prod.pipeline.routes import Route
+    from dspy_prod.pipeline.upstream.ends import LateResult
     from dspy_prod.pipeline.upstream.ordinary import Beside
 
 
@@ -27,6 +28,11 @@ class Line(Protocol):
     @property
     def waits(self) -> bool:
         """Whether it certainly has not, and will not any more: there was no connection for it yet."""
+        ...
+
+    @property
+    def moved(self) -> bool:
+        """Whether it has, and who took it only sent it on, to where it has not gone."""
         ...
 
 
@@ -52,6 +58,8 @@ class Send:
     Attributes:
         gone: it may have gone out, as far as the driver or its transport can tell.
         line: the engine, where it knows better.
+        late: what the driver has a worker thread do, set before it begins; None where nothing goes on when who waits is
+            interrupted.
         partial: a stream's answer as far as it came, left here when the stream broke.
         ended: its end event had come, and with it what the provider told of its usage.
         stream: the stream; None for a whole answer.
@@ -66,6 +74,7 @@ class Send:
     ended: bool = False
     gone: bool = False
     line: Line | None = None
+    late: LateResult | None = None
     stream: Telling | None = None
 
     def goes(self) -> None:
@@ -84,6 +93,11 @@ class Send:
     def left(self) -> bool:
         """Whether the provider may have seen it. To be asked when the attempt has ended: until then it may yet."""
         return self.gone and not (self.line is not None and self.line.waits)
+
+    @property
+    def moved(self) -> bool:
+        """Whether nobody has worked on it, though it went out. To be asked when the attempt has ended."""
+        return self.line is not None and self.line.moved
 
 
 @dataclass(slots=True, eq=False)

@@ -76,8 +76,8 @@ TABLE: Final[dict[str, Row]] = {
         Verdict("error", fallback=True, sent=False, owed=False),
     ),
     "locked": Row(
-        "nothing sent: a credential file is locked, or no thread can be started",
-        Verdict("error", retry=True, sent=False, owed=False),
+        "nothing sent: a credential file is locked, or no thread is to be had",
+        Verdict("error", retry=True, fallback=True, sent=False, owed=False),
     ),
     "unreached": Row(
         "no connection was made, also within `timeout`",
@@ -92,7 +92,9 @@ TABLE: Final[dict[str, Row]] = {
         Verdict("error", failure=True, retry=True, fallback=True),
     ),
     # The generation was completed and is owed, so the same route is not paid twice for it.
-    "garbled": Row("200 with what cannot be read", Verdict("error", failure=True, fallback=True)),
+    "garbled": Row(
+        "200 with what cannot be read; 303, the answer is elsewhere", Verdict("error", failure=True, fallback=True)
+    ),
     "throttled": Row("429", Verdict("error", retry=True, fallback=True, throttled=True, owed=False)),
     "busy": Row("409, 423, 424, 425, 499", Verdict("error", retry=True, fallback=True, owed=False)),
     "account": Row(
@@ -119,6 +121,7 @@ _STATUS: Final = {
     **dict.fromkeys((404, 410), "model"),
     429: "throttled",
     451: "filtered",
+    303: "garbled",
     400: "mistake",
 }
 

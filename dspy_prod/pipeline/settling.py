@@ -27,7 +27,6 @@ from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError, billed_by
 from dspy_prod.pipeline.upstream.errors import public_error
 from dspy_prod.pipeline.upstream.headers import remaining
 from dspy_prod.pipeline.upstream.usage import believed
-from dspy_prod.pipeline.upstream.workers import NoWorkerError
 from dspy_prod.policies.entries import EMPTY_USAGE
 from dspy_prod.pricing.rates import Rates
 from dspy_prod.records import MOST_TOKENS, CallRecord, usd
@@ -90,16 +89,11 @@ def _failed(attempt: Attempt, raised: BaseException, latency: float) -> BaseExce
     if reservation is not None and reservation.state == PENDING:  # granted meanwhile, it is settled as what is held
         call.pipeline.store.withdraw(reservation)
     worked = max(0.0, latency - call.paused)
-    error, late = raised, None
+    error, late = raised, attempt.late
     if isinstance(raised, AttemptTimeoutError):
-        late = raised.late
         met = late is not None or not attempt.stayed  # one that goes on in its worker may yet meet it
         over = max(attempt.until, attempt.started + latency) >= call.deadline  # a busy machine wakes late
-        if isinstance(raised, NoWorkerError):
-            lacking = "every thread for calls hangs in one that was given up"
-            error = LMTimeoutError(lacking, model=route.model, provider=route.upstream.provider)
-            verdict = judge(error)._replace(failure=False, sent=False, owed=False)  # nobody was asked
-        elif over and not isinstance(raised, StalledError):
+        if over and not isinstance(raised, StalledError):
             error = too_late(call, "while the upstream was working" if met else "before the upstream was reached")
             error.working = True
             verdict = own_deadline(worked, route.timeout)
@@ -111,8 +105,8 @@ def _failed(attempt: Attempt, raised: BaseException, latency: float) -> BaseExce
             verdict = judge(error)
     else:
         verdict = judge(error)
-    if attempt.send is None or (late is None and attempt.stayed):
-        verdict = verdict._replace(sent=False, owed=False)
+    if late is None:
+        verdict = _as_far_as_it_went(attempt, verdict)
     if attempt.permit is not None:
         breaker = route.state.breaker
         assert breaker is not None
@@ -134,6 +128,13 @@ def _failed(attempt: Attempt, raised: BaseException, latency: float) -> BaseExce
     if error is not raised:  # it says all by itself; behind what was raised may be what the caller was handling
         error.own_causes = 0  # type: ignore[attr-defined]
     return error
+
+
+def _as_far_as_it_went(attempt: Attempt, verdict: Verdict) -> Verdict:
+    """The verdict when it has ended: for what reached nobody, or only who sent it on, nothing is owed."""
+    if attempt.send is None or attempt.stayed:
+        return verdict._replace(sent=False, owed=False)
+    return verdict._replace(sent=True, owed=False) if attempt.send.moved else verdict
 
 
 def _finish(attempt: Attempt, came_to: CameTo) -> None:
@@ -192,8 +193,6 @@ def _ended_late(
         return
     call, route = attempt.call, attempt.route
     latency = call.pipeline.clock.monotonic() - attempt.started
-    if attempt.stayed:
-        verdict = verdict._replace(sent=False, owed=False)
     if isinstance(response, Response) and _settle_told(attempt, verdict, response, latency, told):
         return
     if isinstance(failure, Exception):
@@ -205,7 +204,7 @@ def _ended_late(
     known = _known(attempt, failure) if verdict.owed else None
     if known is not None and _settle_told(attempt, verdict, known, latency, told):
         return
-    _settle_failure(attempt, verdict, told, latency, late=True)
+    _settle_failure(attempt, _as_far_as_it_went(attempt, verdict), told, latency, late=True)
 
 
 def _known(attempt: Attempt, raised: BaseException | None) -> Response | None:

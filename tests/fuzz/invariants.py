@@ -10,6 +10,7 @@ import re
 import threading
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from traceback import walk_tb
 from typing import Any, Final
@@ -28,7 +29,7 @@ OUTPUT: Final = 2_000
 """Nano-USD per token, of every model that is fuzzed."""
 
 _ANSWER: Final = re.compile(r"answer (\d{4}) (\d{4})")
-_FREE: Final = frozenset({500, 503, 529}) | (frozenset(range(300, 500)) - {408})
+_FREE: Final = frozenset({500, 503, 529}) | (frozenset(range(300, 500)) - {303, 408})
 """Statuses of answers for which nobody pays."""
 
 
@@ -106,7 +107,24 @@ def _without_own(exchanges: Sequence[Exchange], count: int) -> Iterator[Sequence
         if each.end == "refused" or each.status in (301, 302, 303, 307, 308)
     ]
     for left_out in combinations(own, count):
-        yield [each for place, each in enumerate(exchanges) if place not in left_out]
+        yield [
+            _fetched(each) if _was_taken(exchanges, place, left_out) else each
+            for place, each in enumerate(exchanges)
+            if place not in left_out
+        ]
+
+
+def _was_taken(exchanges: Sequence[Exchange], place: int, left_out: Sequence[int]) -> bool:
+    """Whether an exchange of the same attempt's, just before that one, says that its question was taken."""
+    while (place := place - 1) in left_out:
+        if exchanges[place].status in (301, 302, 303):
+            return True
+    return False
+
+
+def _fetched(exchange: Exchange) -> Exchange:
+    """Where the answer to a question that was taken before is fetched: nobody there, nobody knows what it came to."""
+    return replace(exchange, end="reset", status=None) if exchange.end == "refused" else exchange
 
 
 def _problems(exchanges: Sequence[Exchange], records: Sequence[CallRecord], bound: int) -> str | None:

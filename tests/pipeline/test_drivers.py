@@ -193,20 +193,22 @@ def stuck() -> Iterator[Stuck]:
 def test_an_attempt_ends_at_its_time(way: str, stuck: Stuck) -> None:
     """A thread cannot be stopped: what goes on in it can be asked for later. A task is cancelled."""
     caught: list[AttemptTimeoutError] = []
+    effect = send(route_to(stuck), time.monotonic() + SOON)
 
     def steps() -> Generator[Any, Any, Response]:
         try:
-            yield send(route_to(stuck), time.monotonic() + SOON)
+            yield effect
         except AttemptTimeoutError as error:
             caught.append(error)
         return OK
 
     assert perform(steps(), way) is OK
-    (error,) = caught
-    assert (error.late is None) == (way == "async")
-    if error.late is not None:
+    assert len(caught) == 1
+    assert (effect.late is None) == (way == "async")
+    if effect.late is not None:
+        assert not effect.late.heard
         ended, told = threading.Event(), []
-        error.late.on_end(lambda *end: (told.append(end), ended.set()))  # type: ignore[arg-type, return-value]
+        effect.late.on_end(lambda *end: (told.append(end), ended.set()))  # type: ignore[arg-type, return-value]
         stuck.over.set()
         assert ended.wait(10)
         assert told == [(OK, None)]

@@ -57,7 +57,7 @@ def marks(verdict: Verdict) -> str:
         ("LMInvalidRequestError", "error", "....S."),
         ("LMTimeoutError", "timeout", "FRf.SO"),
         ("LMServerError", "error", "FRf.SO"),
-        ("LMLockTimeoutError", "error", ".R...."),
+        ("LMLockTimeoutError", "error", ".Rf..."),
         ("LMTransportError", "error", "FRf.SO"),
         ("LMUnsupportedFeatureError", "error", "..f..."),
         ("LMConfigurationError", "error", "..f..."),
@@ -289,6 +289,7 @@ def from_litellm(error: Any, inner: BaseException, *, status: int = 500) -> Any:
     [
         (dspy_errors.LMServerError("x", status=404), "..f.S."),
         (dspy_errors.LMProviderError("x", status=302), "..f.S."),
+        (dspy_errors.LMProviderError("x", status=303), "F.f.SO"),
         (dspy_errors.LMProviderError("x", status=200), "F.f.SO"),
         (dspy_errors.LMInvalidRequestError("x", status=500), "FRf.S."),
         (dspy_errors.LMInvalidRequestError("x", status=400), "....S."),

@@ -332,6 +332,8 @@ def test_settling_that_was_interrupted_is_gone_through_again() -> None:
 class Late:
     """An attempt that goes on in its worker after nobody waits for it."""
 
+    heard = False
+
     def __init__(self) -> None:
         self.report: Callable[[Any, Any], None] | None = None
 
@@ -339,6 +341,16 @@ class Late:
         self.report = report
 
 
+@pytest.mark.parametrize(
+    ("raised", "outcome", "error"),
+    [
+        (AttemptTimeoutError(), "timeout", "LMTimeoutError"),
+        (KeyboardInterrupt(), "cancelled", "KeyboardInterrupt"),
+        (GeneratorExit(), "cancelled", "GeneratorExit"),
+        (TimeoutError("an alarm rang"), "error", "TimeoutError"),
+    ],
+    ids=["time limit", "Ctrl-C", "let fall", "alarm"],
+)
 @pytest.mark.parametrize(
     ("response", "failure", "cost", "estimated"),
     [
@@ -350,19 +362,23 @@ class Late:
     ],
 )
 def test_an_abandoned_attempt_is_settled_when_it_ends(
-    response: Response | None, failure: BaseException | None, cost: int, estimated: bool
-) -> None:
+    response: Response | None, failure: BaseException | None, cost: int, estimated: bool, raised: BaseException,
+    outcome: str, error: str,
+) -> None:  # fmt: skip
     """Until then its money is held; then it is charged what it really came to, as far as that is known."""
     lm = lm_of(timeout=2)
     attempt, late = under_way(lm), Late()
-    assert type(failed(attempt, AttemptTimeoutError(late))) is LMTimeoutError
+    assert attempt.send is not None
+    attempt.send.late = late
+    assert type(failed(attempt, raised)).__name__ == error
+    assert REAPER.flush()
     assert (spent(lm), records(lm)) == ((0, CENT), [])
     advance(lm, 3.0)
     assert late.report is not None
     late.report(response, failure)
     (record,) = records(lm)
-    assert (record.outcome, record.cost_nano, record.estimated) == ("timeout", cost, estimated)
-    assert (record.latency, record.error) == (5.0, "LMTimeoutError"), "the error that its caller had"
+    assert (record.outcome, record.cost_nano, record.estimated) == (outcome, cost, estimated)
+    assert (record.latency, record.error) == (5.0, error), "the error that its caller had"
     assert spent(lm) == (cost, 0)
     assert attempt.call.records == [record]
 

@@ -24,7 +24,7 @@ from dspy_prod.compat.lm15_transports import HookedAsyncTransport, HookedTranspo
 from dspy_prod.pipeline.upstream.ends import EARLY, AttemptTimeoutError
 from dspy_prod.pipeline.upstream.headers import note_refusal
 from dspy_prod.pipeline.upstream.pages import without_secrets
-from dspy_prod.pipeline.upstream.workers import WORKERS
+from dspy_prod.pipeline.upstream.workers import WORKERS, Job
 
 T = TypeVar("T")
 
@@ -110,11 +110,16 @@ class PacedAsyncTransport(HookedAsyncTransport):
 
 
 # -- engines that cannot be bounded from inside ------------------------------------------------------------------------
-def bounded(function: Callable[[], T], until: float) -> T:
-    """Run `function` in a worker and return its result, or raise `AttemptTimeoutError` at `until`."""
-    job = WORKERS.submit(function)
+def bounded(function: Callable[[], T], until: float, job: Job[T] | None = None) -> T:
+    """Run `function` in a worker and return its result, or raise `AttemptTimeoutError` at `until`.
+
+    Args:
+        job: what tells its end when its caller has left, whatever it left for; None where nobody asks.
+    """
+    job = WORKERS.submit(function, job)
     if not job.wait(until):
-        raise AttemptTimeoutError(job)
+        raise AttemptTimeoutError
+    job.heard = True
     if job.error is not None:
         raise job.error
     return job.value  # type: ignore[return-value]
@@ -127,11 +132,16 @@ class StalledError(AttemptTimeoutError):
     """A stream showed no event for as long as `timeout` allows."""
 
 
-def bounded_stream(open_stream: Callable[[], Iterator[T]], until: float, pause: float | None = None) -> Iterator[T]:
+def bounded_stream(
+    open_stream: Callable[[], Iterator[T]], until: float, pause: float | None = None, job: Job[None] | None = None
+) -> Iterator[T]:
     """The items of a stream that runs in a worker; raises `AttemptTimeoutError` at `until`.
 
     The worker closes the stream when the consumer has gone, and is at most `bounds.AHEAD` items ahead of it. Waiting
     longer than `pause` seconds for one item raises `StalledError`.
+
+    Args:
+        job: see `bounded`.
     """
     items: SimpleQueue[Any] = SimpleQueue()
     room = threading.Semaphore(bounds.AHEAD)
@@ -149,26 +159,28 @@ def bounded_stream(open_stream: Callable[[], Iterator[T]], until: float, pause: 
             items.put((_END, None))
         except BaseException as error:
             items.put((_END, error))
+            raise  # for who hears of it when its consumer has gone
         finally:
             close = getattr(stream, "close", None)
             if close is not None:
                 close()
 
-    job = WORKERS.submit(pump)
     try:
+        job = WORKERS.submit(pump, job)
         while True:
             left = inf if until == inf else until - time.monotonic()
             if left <= 0:  # also where there is always an item: the stream may have no end
-                raise AttemptTimeoutError(job)
+                raise AttemptTimeoutError
             stalls = pause is not None and pause < left
             wait = pause if stalls else left
             try:
                 item, error = items.get(timeout=None if wait == inf else wait)
             except Empty:
-                raise StalledError(job) if stalls else AttemptTimeoutError(job) from None
+                raise (StalledError if stalls else AttemptTimeoutError) from None
+            job.heard = item is _END
             if error is not None:
                 raise error
-            if item is _END:
+            if job.heard:
                 return
             room.release()
             yield item

@@ -150,5 +150,10 @@ class _Asynchronous:
         """See `Attending`. A function of the user's says nothing of it."""
         return isinstance(self._engine, LiteLLMVectors) and self._engine.waits
 
+    @property
+    def moved(self) -> bool:
+        """The same."""
+        return isinstance(self._engine, LiteLLMVectors) and self._engine.moved
+
     async def complete(self, request: Request) -> Vectors:
         return await self._engine.acomplete(request)

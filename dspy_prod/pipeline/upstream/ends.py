@@ -12,15 +12,10 @@ EARLY: Final = 0.005
 
 
 class AttemptTimeoutError(Exception):
-    """The driver ended an attempt at its `until`.
+    """The driver ended an attempt at its `until`. It may go on in a worker thread, see `effects.Send.late`."""
 
-    Attributes:
-        late: set when the attempt still runs in a worker thread and will report there.
-    """
-
-    def __init__(self, late: LateResult | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__("the attempt was ended at its time limit")
-        self.late = late
 
 
 class SealedError(ValueError):
@@ -28,10 +23,16 @@ class SealedError(ValueError):
 
 
 class LateResult(Protocol):
-    """An abandoned attempt that goes on in a worker thread."""
+    """An attempt in a worker thread, which goes on there when its caller leaves: at a time limit, or for Ctrl-C.
+
+    Attributes:
+        heard: its caller has its end.
+    """
+
+    heard: bool
 
     def on_end(self, report: Callable[[Response | None, BaseException | None], None]) -> None:
-        """Call `report(response, error)` when the attempt has ended, at once if it has."""
+        """Call `report(response, error)` when the attempt has ended, at once if it has; it does not begin any more."""
         ...
 
 

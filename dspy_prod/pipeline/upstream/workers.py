@@ -12,23 +12,23 @@ from typing import Generic, TypeVar
 
 from dspy.utils.exceptions import LMLockTimeoutError
 
-from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
 from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.runtime.threads import begin
 
 T = TypeVar("T")
 
 
-class NoWorkerError(AttemptTimeoutError):
-    """Every worker hangs in an attempt that was given up: this one was not begun, whatever time it had."""
-
-
 class Job(Generic[T]):
-    """A function running in a worker thread, whose end can be awaited, bounded, or heard of later."""
+    """A function running in a worker thread, whose end can be awaited, bounded, or heard of later.
 
-    __slots__ = ("_done", "_lock", "_report", "error", "value")
+    Attributes:
+        heard: whoever waits for it has its end.
+    """
+
+    __slots__ = ("_begun", "_done", "_lock", "_report", "error", "heard", "value")
 
     def __init__(self) -> None:
+        self._begun = self.heard = False
         self._done = threading.Event()
         self._lock = threading.Lock()
         self._report: Callable[[T | None, BaseException | None], None] | None = None
@@ -36,6 +36,10 @@ class Job(Generic[T]):
         self.error: BaseException | None = None
 
     def run(self, function: Callable[[], T]) -> None:
+        with self._lock:
+            if self._done.is_set():  # given up before it began
+                return
+            self._begun = True
         try:
             self.value = function()
         except BaseException as error:
@@ -51,11 +55,15 @@ class Job(Generic[T]):
         return self._done.wait(None if until == inf else max(0.0, until - time.monotonic()))
 
     def on_end(self, report: Callable[[T | None, BaseException | None], None]) -> None:
-        """Call `report` when the job ends, or now if it has ended. At most one report is made."""
+        """Call `report` when the job ends, or now if it has ended. At most one report is made.
+
+        One that has not begun never will: nobody waits for it any more.
+        """
         with self._lock:
-            if not self._done.is_set():
+            if self._begun and not self._done.is_set():
                 self._report = report
                 return
+            self._done.set()
         report(self.value, self.error)
 
 
@@ -75,14 +83,16 @@ class Workers:
         self._idle = 0
         self._count = 0
 
-    def submit(self, function: Callable[[], T]) -> Job[T]:
+    def submit(self, function: Callable[[], T], job: Job[T] | None = None) -> Job[T]:
         """Run `function` in a worker, with the caller's context variables.
 
+        Args:
+            job: what it will be, for who may be interrupted before this returns; None: a new one.
+
         Raises:
-            NoWorkerError: every worker hangs; the upstream does not answer and more threads would not help.
-            LMLockTimeoutError: this process can start no thread.
+            LMLockTimeoutError: every worker is taken, or this process can start no thread. Nothing was begun.
         """
-        job: Job[T] = Job()
+        job = Job() if job is None else job
         context = contextvars.copy_context()
 
         def work() -> None:
@@ -93,7 +103,10 @@ class Workers:
                 self._idle -= 1
                 start = False
             elif self._count >= self._limit:
-                raise NoWorkerError
+                raise LMLockTimeoutError(
+                    f"All {self._limit} threads that calls may have at once are taken, also by attempts that were "
+                    "given up and still hang: none is left for this one"
+                )
             else:
                 self._count += 1
                 start = True
