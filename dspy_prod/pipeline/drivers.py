@@ -195,8 +195,8 @@ def _events(effect: Send, answer: Answer) -> Generator[StreamEvent, None, None]:
     route, until = effect.route, effect.until
     try:
         engine, native = route.upstream.sync_engine(effect.request, effect.beside, until)
-        if native:  # its transport ends in time by itself, and its reads are bounded by `timeout`
-            source = within(engine.stream(effect.request), until, effect.goes)
+        if native:  # its transport ends in time by itself
+            source = within(engine.stream(effect.request), until, effect.goes, route.timeout)
         elif until == inf and (route.timeout is None or isinstance(route.upstream.spec, str)):
             # Nothing to bound, or LiteLLM, which bounds its reads by `timeout` too.
             _hand_over(effect, engine)
@@ -205,7 +205,7 @@ def _events(effect: Send, answer: Answer) -> Generator[StreamEvent, None, None]:
 
             def open_stream() -> Any:
                 _hand_over(effect, engine)
-                return engine.stream(effect.request)
+                return answer.overheard(engine.stream(effect.request))
 
             effect.late = job = Job[None]()
             source = bounded_stream(open_stream, until, route.timeout, job)

@@ -29,6 +29,7 @@ from dspy.utils.exceptions import (
 )
 
 from dspy_prod.errors import CircuitOpenError, RateLimitedError, RejectedError, UnusableAnswerError
+from dspy_prod.pipeline.upstream.ends import causes_of
 from dspy_prod.pipeline.upstream.finish import broke_off, finish_told, first_of
 from dspy_prod.pipeline.upstream.heard import Heard, heard
 from dspy_prod.pipeline.upstream.vocabulary import meant_by, status_meant_by
@@ -151,6 +152,9 @@ _CANONICAL: Final = {
 }
 """Rows by DSPy's own code: an engine may know more of a 400 or a 429 than its text says."""
 
+_OF_CONNECTIONS: Final = frozenset({"unreached", "lost"})
+"""Rows of failures that a time limit of the transport may be the cause of: a time-out, whoever set it."""
+
 _PASSING: Final = frozenset({"locked", "unreached", "lost", "slow", "down", "failing", "throttled", "busy"})
 """Rows of failures that pass by themselves."""
 
@@ -168,7 +172,10 @@ def judge(error: BaseException) -> Verdict:
     if isinstance(error, RejectedError):
         return TABLE["refused"].verdict
     said = heard(error)
-    verdict = TABLE[_row(error, said)].verdict
+    row = _row(error, said)
+    verdict = TABLE[row].verdict
+    if row in _OF_CONNECTIONS and _timed_out(error):
+        verdict = verdict._replace(outcome="timeout")
     if not verdict.sent:
         return verdict
     if said.begun or isinstance(error, UnusableAnswerError):
@@ -176,6 +183,11 @@ def judge(error: BaseException) -> Verdict:
     if said.should_retry is not None:
         verdict = verdict._replace(retry=said.should_retry)
     return verdict
+
+
+def _timed_out(error: Exception) -> bool:
+    """Whether a connection, or a read or write on it, took longer than it may, as far as an engine tells."""
+    return any(isinstance(cause, (TimeoutError, asyncio.TimeoutError, LMTimeoutError)) for cause in causes_of(error))
 
 
 def is_outage(error: BaseException) -> bool:

@@ -13,6 +13,7 @@ from dspy.utils.exceptions import LMTimeoutError
 from dspy_prod import Budget, DeadlineExceededError, Retry, call_context
 from dspy_prod.testing import Hang, Provider, Trickle
 from tests.e2e.conftest import MakeLM, MakeProvider
+from tests.e2e.halting import Halting, words
 from tests.e2e.support import Pool, account, assert_nothing_held, charged, make_lm, request, until, upstream
 from tests.stopwatch import Stopwatch
 
@@ -153,7 +154,7 @@ def test_a_timeout_bounds_each_attempt_and_is_retried(
     assert charged(lm) >= provider.bill.nano
 
 
-@pytest.mark.parametrize("way", ["sync", "async"])
+@pytest.mark.parametrize("way", WAYS)
 def test_when_every_attempt_times_out_the_last_time_out_is_raised(
     serve: MakeProvider, connect: MakeLM, way: Way
 ) -> None:
@@ -165,6 +166,29 @@ def test_when_every_attempt_times_out_the_last_time_out_is_raised(
     assert [record.outcome for record in upstream(lm)] == ["timeout", "timeout"]
     assert len(provider.calls) <= 2  # a busy machine's time is up before the server has read the request
     assert_nothing_held(lm.pipeline.store)
+
+
+@pytest.mark.usefixtures("_warm")
+@pytest.mark.parametrize("way", ["sync stream", "async stream"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_timeout_bounds_each_wait_of_a_stream(engine: str, way: Way) -> None:
+    """One that stands still half-way has timed out, whoever carries it, and the ledger says so."""
+    with Halting(words("one")) as provider, closing(make_lm(provider.url, engine=engine, timeout=0.5)) as lm:
+        begin = time.monotonic()
+        with pytest.raises(LMTimeoutError):
+            call(lm, way)
+        assert time.monotonic() - begin >= 0.45
+        assert [(record.outcome, record.estimated) for record in upstream(lm)] == [("timeout", True)]
+
+
+@pytest.mark.parametrize("way", ["sync stream", "async stream"])
+def test_a_stream_that_trickles_but_tells_nothing_has_timed_out(serve: MakeProvider, connect: MakeLM, way: Way) -> None:
+    """A byte now and then is no event."""
+    provider = serve(faults=Trickle(bytes_per_second=20.0))
+    lm = connect(provider, timeout=0.5, retry=False)
+    with pytest.raises(LMTimeoutError, match=r"no answer within timeout=0\.5 s"):
+        call(lm, way)
+    assert [record.outcome for record in upstream(lm)] == ["timeout"]
 
 
 @pytest.mark.parametrize("way", ["sync", "async"])

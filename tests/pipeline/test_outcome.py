@@ -9,6 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from dspy._vendor.lm15.transports import ConnectTimeout, ReadTimeout
+from dspy.lm15 import TransportError
 from dspy.utils import exceptions as dspy_errors
 from dspy.utils.exceptions import LMError, LMServerError, LMTransportError
 from pydantic import BaseModel, ValidationError
@@ -131,6 +133,21 @@ def test_a_call_that_never_got_through_was_not_sent(kind: type[LMError], cause: 
     """
     verdict = judge(from_cause(kind("lost"), cause))
     assert (verdict.sent, verdict.owed, verdict.retry) == (sent, sent, True)
+
+
+@pytest.mark.parametrize("engine", ["native", "litellm"])
+@pytest.mark.parametrize("sent", [False, True], ids=["connecting", "reading"])
+def test_a_time_limit_of_a_connection_is_a_time_out_whoever_set_it(sent: bool, engine: str) -> None:
+    """The native engine's own, or one of an `httpx.Timeout`, was recorded as any other error."""
+    if engine == "native":
+        kind: Any = ReadTimeout if sent else ConnectTimeout
+        error = from_cause(LMTransportError("late"), from_cause(TransportError("late"), kind("late")))
+        error.__cause__.__cause__.__cause__ = TimeoutError()
+    else:
+        error = from_cause(dspy_errors.LMTimeoutError("late"), foreign("ReadTimeout" if sent else "ConnectTimeout"))
+    verdict = judge(error)
+    assert (verdict.outcome, marks(verdict)) == ("timeout", "FRf.SO" if sent else "FRf...")
+    assert judge(LMTransportError("reset")).outcome == "error"
 
 
 def test_a_body_that_is_no_json_is_not_paid_twice() -> None:

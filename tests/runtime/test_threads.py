@@ -14,9 +14,11 @@ from typing import Any
 
 import dspy
 import pytest
+from dspy.lm15 import Config, Message, Request
 from dspy.utils.exceptions import LMLockTimeoutError
 
 import dspy_prod
+from dspy_prod.compat.dspy import engines_of
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.pipeline.upstream import deadline
 from dspy_prod.pipeline.upstream.workers import Workers
@@ -169,6 +171,43 @@ def test_an_attempt_without_a_thread_costs_nothing_and_is_tried_again(monkeypatc
     ] * 2
     assert lm.health().breakers[0].state == "closed"
     assert lm("q") == ["yes"]
+
+
+@pytest.mark.parametrize("limit", [{"timeout": 30}, {"deadline": 30}, {"timeout": 30, "deadline": 60}], ids=str)
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+def test_a_call_is_tried_again_where_every_thread_hangs_in_another(
+    streaming: bool, limit: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream without a deadline failed because its deadline had passed, at once and for good, and was charged."""
+    workers, over = Workers(limit=1), threading.Event()
+    monkeypatch.setattr(deadline, "WORKERS", workers)
+    workers.submit(over.wait)
+    engine = ScriptedEngine(["yes"])
+    lm = dspy_prod.LM(
+        "openai/m", engine=engine, store=MemoryStore(), cache=False, max_tokens=9,
+        timeout=limit.get("timeout"), retry={"attempts": 3, "backoff": 0.001},
+        breaker=dspy_prod.CircuitBreaker(failure_threshold=1),
+        prices={"openai/m": dspy_prod.Price(input=1, output=1)}, budget=dspy_prod.Budget(usd=1),
+    )  # fmt: skip
+
+    def ask() -> None:
+        if streaming:
+            list(engines_of(lm)[0].stream(Request("openai/m", (Message.user("q"),), config=Config(max_tokens=9))))
+        else:
+            lm("q")
+
+    with dspy_prod.call_context(deadline=limit.get("deadline")):
+        with pytest.raises(LMLockTimeoutError, match="All 1 threads"):
+            ask()
+        assert engine.requests == []
+        assert [(row.outcome, row.cost_nano, row.estimated, row.error) for row in lm.ledger.records()] == [
+            ("error", 0, False, "LMLockTimeoutError")
+        ] * 3
+        assert lm.health().breakers[0].state == "closed"
+        over.set()
+        until(lambda: workers._idle == 1)
+        ask()
+    assert len(engine.requests) == 1
 
 
 def test_mlflow_is_away_while_there_is_no_thread_to_ask_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,11 @@ from math import inf
 from queue import Empty, SimpleQueue
 from typing import Any, Final, TypeVar
 
+from dspy.lm15 import TransportError
+
 from dspy_prod.compat import bounds
 from dspy_prod.compat.lm15_transports import HookedAsyncTransport, HookedTransport
-from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
+from dspy_prod.pipeline.upstream.ends import EARLY, AttemptTimeoutError
 from dspy_prod.pipeline.upstream.headers import note_refusal
 from dspy_prod.pipeline.upstream.pages import without_secrets
 from dspy_prod.pipeline.upstream.workers import WORKERS, Job
@@ -187,8 +189,10 @@ def bounded_stream(
         room.release()
 
 
-def within(source: Any, until: float, leaving: Callable[[], None]) -> Iterator[Any]:
+def within(source: Any, until: float, leaving: Callable[[], None], pause: float | None = None) -> Iterator[Any]:
     """The items of a stream that reads `ATTEMPT_UNTIL` itself, each awaited no longer than `until`.
+
+    Waiting longer than `pause` seconds for one item, connecting included, raises `StalledError`.
 
     Args:
         leaving: called when its request goes out.
@@ -196,13 +200,19 @@ def within(source: Any, until: float, leaving: Callable[[], None]) -> Iterator[A
     with closing(source) as items:
         iterator = iter(items)
         while True:
-            if time.monotonic() >= until:  # what one read brought may be many items
+            now = time.monotonic()
+            if now >= until:  # what one read brought may be many items
                 raise AttemptTimeoutError
-            ends, leaves = ATTEMPT_UNTIL.set(until), LEAVING.set(leaving)
+            limit = until if pause is None else min(until, now + pause)
+            ends, leaves = ATTEMPT_UNTIL.set(limit), LEAVING.set(leaving)
             try:
                 item = next(iterator)
             except StopIteration:
                 return
+            except (AttemptTimeoutError, TransportError):
+                if limit < until and time.monotonic() >= limit - EARLY:
+                    raise StalledError from None
+                raise
             finally:
                 ATTEMPT_UNTIL.reset(ends)
                 LEAVING.reset(leaves)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Final, Protocol
 
 from dspy.lm15 import Response
+
+EARLY: Final = 0.005
+"""Seconds by which a time-out of a socket may come before the time it was made for."""
 
 
 class AttemptTimeoutError(Exception):

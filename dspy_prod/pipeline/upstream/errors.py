@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from dspy_prod.compat.bounds import BodyTooLongError
 from dspy_prod.compat.lm15 import error_of_status, raised_by_reader
 from dspy_prod.compat.stay import mark_of, set_mark
-from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError, SealedError, bounded_by, causes_of
+from dspy_prod.pipeline.upstream.ends import EARLY, AttemptTimeoutError, SealedError, bounded_by, causes_of
 from dspy_prod.pipeline.upstream.headers import hint_in, refusal_of, should_retry_in
 from dspy_prod.pipeline.upstream.heard import heard
 from dspy_prod.pipeline.upstream.upstream import Upstream
@@ -56,7 +56,7 @@ def _shown(error: Exception, upstream: Upstream, until: float) -> Exception:
         return _without_secrets_of(upstream, _said_by_user(error, upstream), raised)
     if isinstance(error, AttemptTimeoutError):
         return error
-    if until != inf and isinstance(error, TransportError) and time.monotonic() >= until - 0.005:
+    if until != inf and isinstance(error, TransportError) and time.monotonic() >= until - EARLY:
         return AttemptTimeoutError()
     if isinstance(error, UnsupportedFeatureError) and raised_by_reader(error):
         # No request that could not be sent: it was, and is owed.
