@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from functools import partial
 from math import inf
 from typing import Any, Final
@@ -12,9 +11,8 @@ from typing import Any, Final
 from dspy_prod.context.scoring import is_raising
 from dspy_prod.pipeline.alone import unaided
 from dspy_prod.pipeline.attempt import Attempt
-from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Wait
-from dspy_prod.pipeline.plan import hurried, note_short, plan, renewed, shrunk, turns_at, wait_until
+from dspy_prod.pipeline.plan import note_short, plan, renewed, shrunk, turns_at, wait_until
 from dspy_prod.pipeline.refusals import refused, waited_too_long
 from dspy_prod.pipeline.taken import returned
 from dspy_prod.records import NANO
@@ -62,13 +60,8 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, None]:
         paused = False
         told, looked = False, 0.0  # in looks, not by the clock: where these come late, so does the store's writer
         last = time.monotonic()  # the machine's: a clock that is moved by hand gives the writer no time
-        call.line = reservation
         try:
             while reservation.state == PENDING:
-                if call.urgency < reservation.priority and not alone:  # back into line, before others
-                    again = hurried(attempt, reservation)
-                    store.withdraw(reservation)  # should it be granted meanwhile, so much the better
-                    continue
                 now = monotonic()
                 if not told and reservation.blocked_on:  # a durable store decides in a moment, which is no wait
                     told = True
@@ -82,7 +75,7 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, None]:
                     last, passed = time.monotonic(), time.monotonic() - last
                     looked += min(step, passed)
                 if now < min(until, turn):
-                    yield Wait(reservation if alone else _InLine(call, reservation), min(until, turn, now + step))
+                    yield Wait(reservation, min(until, turn, now + step))
                     continue
                 turn = inf
                 if _waits_for_money(reservation):
@@ -103,7 +96,6 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, None]:
                 yield Wait(None, min(monotonic() + early, call.deadline))
                 paused = store.throttled_since(reservation.limit_key, reservation.granted_at - LEAD)
         finally:
-            call.line = None
             seconds = monotonic() - began
             call.waited += seconds
             if told:
@@ -133,18 +125,6 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, None]:
             raise refused(attempt, refusal)
         attempt.renew(again)
         store.admit(again.reservation)
-
-
-@dataclass(slots=True, eq=False)
-class _InLine:
-    """Decided when a reservation is, or when its call is to go before others."""
-
-    call: Call
-    reservation: Reservation
-
-    def attach(self, wake: Callable[[], None]) -> bool:
-        waits = self.reservation.attach(wake)  # first: who raises the call from now on wakes it
-        return waits and self.call.urgency >= self.reservation.priority
 
 
 def _waits_for_money(reservation: Reservation) -> bool:

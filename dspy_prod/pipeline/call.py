@@ -7,7 +7,6 @@ cost, `refusals.py` how a refusal reads.
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
 from dataclasses import dataclass, field
 from math import inf
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -15,14 +14,13 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from dspy.lm15 import Request, Response, Usage
 
 from dspy_prod.context.current import CallContext
-from dspy_prod.options import PRIORITIES
 from dspy_prod.policies.entries import EMPTY_USAGE, Entry
 from dspy_prod.policies.fate import Fate
 from dspy_prod.policies.purse import Purse
 from dspy_prod.records import ANSWERED, CallRecord
 from dspy_prod.runtime.clock import moment_on
 from dspy_prod.runtime.ids import IDS
-from dspy_prod.stores.base import Kind, Reservation
+from dspy_prod.stores.base import Kind
 
 if TYPE_CHECKING:
     from dspy_prod.pipeline.effects import Steps
@@ -47,8 +45,6 @@ class Asker(Protocol):
 
     @property
     def deadline(self) -> float: ...
-
-    def hurry(self, priority: int) -> None: ...
 
 
 class Leading(Protocol):
@@ -84,7 +80,6 @@ class Call:
         served: what the records of those who share its answer say of it: `cached` or `stale`.
         lead: its lead among processes, where it has one.
         fate: what made its outcome its own; None of most.
-        raised: the priority of one who waits for its answer and goes before it, as a number. line: where it waits.
     """
 
     pipeline: Pipeline
@@ -109,8 +104,6 @@ class Call:
     served: str = "cached"
     lead: Leading | None = None
     fate: Fate | None = None
-    raised: int | None = None
-    line: Reservation | None = None
     deadline: float = field(init=False)
     id: str = field(init=False)
 
@@ -134,21 +127,6 @@ class Call:
                     cheaper = pipeline.route_to(model)
                     return (cheaper, *[route for route in pipeline.fallbacks if route is not cheaper])
         return pipeline.routes
-
-    @property
-    def urgency(self) -> int:
-        """Its priority as a number, or that of one who waits for its answer; smaller goes first."""
-        own = PRIORITIES[self.context.priority]
-        return own if self.raised is None else min(own, self.raised)
-
-    def hurry(self, priority: int) -> None:
-        """Go before others as one of this priority does, who waits for its answer. From any thread."""
-        if priority < self.urgency:
-            self.raised = priority
-            line = self.line
-            if line is not None and line.wake is not None:
-                with suppress(Exception):  # an event loop that is closed goes nowhere
-                    line.wake()
 
     def own_fate(self) -> Fate:
         """Where it is noted what made its outcome its own."""

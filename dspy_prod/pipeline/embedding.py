@@ -22,7 +22,7 @@ from dspy_prod.pipeline.call import Call, record_hit, record_served
 from dspy_prod.pipeline.cut_off import if_cut_off
 from dspy_prod.pipeline.effects import Steps, Wait
 from dspy_prod.pipeline.flow import flow
-from dspy_prod.pipeline.leading import hurry, shared_by
+from dspy_prod.pipeline.leading import shared_by
 from dspy_prod.pipeline.outcome import is_of_the_request, judge
 from dspy_prod.pipeline.refusals import too_late
 from dspy_prod.pipeline.running import stoppable
@@ -233,8 +233,6 @@ def _told(asked: Asked, followed: Texts, callers: Callers, costs: dict[str, list
             return passed
         if monotonic() >= deadline:
             raise too_late(asked.call(list(followed.values())), "while waiting for an identical call")
-        for key in followed:
-            hurry(pipeline.flights, asked.flight(key), asked.urgency)
         yield from _wait(asked, followed, callers, min(deadline, monotonic() + LOOK))
         for key in followed:
             pipeline.flights.look_after(asked.flight(key))

@@ -34,7 +34,7 @@ from dspy_prod.pipeline.cut_off import if_cut_off
 from dspy_prod.pipeline.effects import Send, Wait, Warm
 from dspy_prod.pipeline.failures import Failures, shows_partial, unusable
 from dspy_prod.pipeline.keeping import keeping, replayed
-from dspy_prod.pipeline.leading import Lead, hurry, shared_by
+from dspy_prod.pipeline.leading import Lead, shared_by
 from dspy_prod.pipeline.outcome import flaw_of, judge
 from dspy_prod.pipeline.outlasting import answered, flight_of, outlasting
 from dspy_prod.pipeline.plan import fitted, only_here, pause_until, plan
@@ -122,7 +122,6 @@ def _follow(call: Call, flight: Hashable, follower: Follower) -> Generator[Effec
     started = pipeline.clock.monotonic()
     try:
         while follower.state == WAITING:
-            hurry(flights, flight, call.urgency)
             yield Wait(follower, min(call.deadline, pipeline.clock.monotonic() + LOOK))
             if follower.state == WAITING:
                 if pipeline.clock.monotonic() < call.deadline:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Hashable
+from collections.abc import Callable, Generator
 from math import inf
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ from dspy_prod.policies.budget import BudgetRule
 from dspy_prod.policies.cache import ResponseCache
 from dspy_prod.policies.entries import Entry, store_key
 from dspy_prod.policies.run import claims_of
-from dspy_prod.policies.singleflight import Flights, Home, gone
+from dspy_prod.policies.singleflight import Home, gone
 
 PAUSE: Final = 0.002
 """Seconds after which it is looked first whether another process has its answer; then each time half as long again."""
@@ -86,13 +86,6 @@ class Lead:
         if self._led:
             self._cache.leave(self._name, verdict, self)
             self._led = False  # last: should this be interrupted, it is done again
-
-
-def hurry(flights: Flights, flight: Hashable, urgency: int) -> None:
-    """Have who leads a flight go as early as one of its followers does. To be called again: the lead may be passed."""
-    leader = flights.leader(flight)
-    if leader is not None and leader.asks is not None:
-        leader.asks.hurry(urgency)
 
 
 def shared_by(call: Call) -> Callable[[Asker], bool] | None:

@@ -11,6 +11,7 @@ from dspy.lm15 import Request
 
 from dspy_prod.context.scoring import is_raising
 from dspy_prod.errors import BudgetExceededError, RateLimitedError, RejectedError, StoppedError, UnpricedModelError
+from dspy_prod.options import PRIORITIES
 from dspy_prod.pipeline.attempt import Attempt
 from dspy_prod.pipeline.call import Asker, Call
 from dspy_prod.policies.budget import BudgetRule
@@ -148,17 +149,6 @@ def pause_until(call: Asker, now: float) -> float:
     return call.deadline if call.deadline != inf else now + DEFAULT_MAX_WAIT
 
 
-def hurried(old: Attempt, reservation: Reservation) -> Attempt:
-    """The same attempt before others in line, as one of its followers would stand there."""
-    now = old.call.pipeline.clock.monotonic()
-    again = Attempt(
-        old.call, old.route, old.request, old.number, old.bound, old.rules, now, patience=old.patience
-    )  # fmt: skip
-    limited = reservation.limit_key is not None
-    again.reservation = _reservation(again, reservation.tokens, tuple(reservation.accounts), limited)
-    return again
-
-
 def note_short(call: Call, until: float, since: float) -> None:
     """Note that a call that waits `since` then may not wait for what might be done at `until`, if that is so."""
     if until >= pause_until(call, since):
@@ -222,7 +212,7 @@ def _reservation(attempt: Attempt, tokens: int, accounts: tuple[Account, ...], l
     fair = "" if limit.fair_by is None or context.aside else (getattr(context, limit.fair_by) or "")
     key, settings = (route.limit_key, limit) if limited else (None, None)
     return Reservation(
-        id, key, settings, tokens, accounts, bound or 0, call.urgency, fair, horizon, lease,
+        id, key, settings, tokens, accounts, bound or 0, PRIORITIES[context.priority], fair, horizon, lease,
         partial(_stub, call, route, id, attempt.number, bound, accounts) if accounts else None,
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ from math import inf
 from typing import Any
 
 from dspy_prod.errors import StoreUnavailableError, UnpricedModelError
+from dspy_prod.options import PRIORITIES
 from dspy_prod.pipeline.attempt import Attempt
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Decidable, Steps, Wait, replacing
@@ -81,16 +82,14 @@ class _OrToldOtherwise:
 
 @dataclass(slots=True, eq=False)
 class _Asked:
-    """A reservation of a run, until it is decided, its call goes before others, or the cap is another than before."""
+    """A reservation of a run, until it is decided, or the cap is another than it was asked for under."""
 
-    call: Call
     reservation: Reservation
     claim: Claim
     limit: int
 
     def attach(self, wake: Callable[[], None]) -> bool:
-        waits = self.reservation.attach(wake)  # first: who changes one of these from now on wakes it
-        return waits and self.call.urgency >= self.reservation.priority and self.claim.account().limit == self.limit
+        return self.reservation.attach(wake) and self.claim.account().limit == self.limit
 
 
 def taking(attempt: Attempt) -> Generator[Wait, Any, None]:
@@ -156,24 +155,24 @@ def _take(attempt: Attempt, taken: Taken, claim: Claim, amount: int, until: floa
     while True:
         account, run = claim.account(), claim.run
         horizon, lease = _times(attempt, store)
-        reservation = Reservation(IDS.make(), None, None, 0, (account,), amount, call.urgency, "", horizon, lease, None)
+        reservation = Reservation(
+            IDS.make(), None, None, 0, (account,), amount, PRIORITIES[call.context.priority], "", horizon, lease, None
+        )
         taken.held.append((claim, reservation))  # before it is asked for: whatever comes up, it is given back
         began = monotonic()
-        call.line = reservation
         try:
             store.admit(reservation)
             while reservation.state == PENDING:
-                if claim.account().limit != account.limit or call.urgency < reservation.priority:
+                if claim.account().limit != account.limit:
                     store.withdraw(reservation)  # and ask again; should it be granted meanwhile, so much the better
                 elif monotonic() < until:
-                    yield Wait(_Asked(call, reservation, claim, account.limit), until)
+                    yield Wait(_Asked(reservation, claim, account.limit), until)
                 elif store.withdraw(reservation):
                     if call.late():
                         raise too_late(call, f"while waiting for {account.title}")
                     refusal = no_money(account, account.limit, store.account(account.key), amount)
                     raise run.refused(claim.dimension, refusal, route.model, route.name)
         finally:
-            call.line = None
             call.waited += monotonic() - began
         limit = claim.account().limit
         if reservation.state == GRANTED and limit >= account.limit:
@@ -191,7 +190,7 @@ def _take(attempt: Attempt, taken: Taken, claim: Claim, amount: int, until: floa
                 )
             if limit <= account.limit:
                 raise run.refused(claim.dimension, refused, route.model, route.name)
-        taken.give_back()  # the cap has been changed, or it goes before others
+        taken.give_back()  # the cap has been changed
 
 
 def _times(attempt: Attempt, store: Store) -> tuple[float, float]:

@@ -9,7 +9,6 @@ from typing import Final
 
 from dspy_prod.context.current import CallContext
 from dspy_prod.context.scoring import is_raising
-from dspy_prod.options import PRIORITIES
 from dspy_prod.pipeline.call import Call, record_hit
 from dspy_prod.pipeline.outlasting import flight_of
 from dspy_prod.pipeline.pipeline import Pipeline
@@ -33,7 +32,6 @@ class Asked:
         joins: texts that others ask about just now are waited for.
         rows: what was found so far, by key.
         latest: its latest batch, for what is told of a refusal.
-        raised: see `Call`.
         scored: it is part of an evaluation, or of a compile.
     """
 
@@ -48,7 +46,6 @@ class Asked:
     records: list[CallRecord] = field(default_factory=list)
     rows: dict[Hashable, bytes] = field(default_factory=dict)
     latest: Call | None = None
-    raised: int | None = None
     scored: bool = field(default_factory=is_raising)
 
     @property
@@ -85,23 +82,9 @@ class Asked:
         scope = Scope(self.context, None, None, None, False)
         scope.asked = request
         call = self.latest = Call(self.pipeline, request, self.context, None, scope, False, self.records)
-        call.raised = self.raised
         if self.pipeline.capped:
             call.purse = self.purse
         return call
-
-    @property
-    def urgency(self) -> int:
-        """See `Call`."""
-        own = PRIORITIES[self.context.priority]
-        return own if self.raised is None else min(own, self.raised)
-
-    def hurry(self, priority: int) -> None:
-        """See `Call`. It holds for all batches from now on."""
-        if priority < self.urgency:
-            self.raised = priority
-            if self.latest is not None:
-                self.latest.hurry(priority)
 
 
 def keys_of(identity: bytes, tenant: str | None, texts: list[str]) -> list[Hashable]:

@@ -142,11 +142,6 @@ class Flights:
         with brief(self._lock):
             self._look(key)
 
-    def leader(self, key: Hashable) -> Follower | None:
-        """Who leads; None: nobody."""
-        with brief(self._lock):
-            return self._leader(key)
-
     def lost(self, key: Hashable, caller: Follower) -> bool:
         """Whether the lead of a caller is another's now, or nobody's; what it had begun has ended then."""
         return self._leader(key) is not caller
