@@ -101,14 +101,12 @@ def _together(call: Call, key: bytes, flight: Hashable, caller: Follower) -> Flo
     except RejectedError:
         raise  # our own refusal: the next follower decides for itself
     except LMError as error:
+        lead.end(verdict=True)
         fits = shared_by(call)
-        if fits is None:
-            lead.end(verdict=True)
         flights.fail(flight, error, fits)  # the upstream's verdict holds for everybody who asked the same
         raise
+    lead.end(verdict=True)  # what is not kept is no other process's: those that wait ask at once, not in turn
     fits = None if call.fate is None else shared_by(call)
-    if fits is None:
-        lead.end(verdict=True)
     flights.answer(flight, (response, call.list_nano, call.served), fits)
     if fits is not None:
         flights.hand_over(flight, caller)
@@ -177,8 +175,6 @@ def _ask(call: Call, failures: Failures) -> Flow:
                 error.model, error.route = route.model, route.name  # a breaker does not know whose route it guards
                 call.emit("rejected", model=route.model, route=route.name, reason=error.reason)
                 failures.add(route, error)
-                if isinstance(error, RateLimitedError):
-                    call.own_fate().left_out(route)
                 if patience != inf and isinstance(error, RateLimitedError):
                     failures.early += ((route, attempts),)
                 break

@@ -8,7 +8,6 @@ from typing import Any, Final
 
 from dspy_prod.context.current import CallContext
 from dspy_prod.errors import BudgetExceededError
-from dspy_prod.options import PRIORITIES
 from dspy_prod.pipeline.call import Asker, Call
 from dspy_prod.pipeline.effects import Wait
 from dspy_prod.pipeline.plan import caps_on, pause_until, rules_on
@@ -92,7 +91,7 @@ def shared_by(call: Call) -> Callable[[Asker], bool] | None:
     """Whether the outcome of a call holds for a follower too; None: for all of them.
 
     A budget may have made it another one than that of a follower who draws on another account, who has more time might
-    have got what this call had none for, and who is counted by nothing or goes first a route that this one left.
+    have got what this call had none for, and who is counted by nothing, a route that this one left.
     """
     fate = call.fate
     if fate is None:
@@ -113,15 +112,10 @@ def shared_by(call: Call) -> Callable[[Asker], bool] | None:
 
 
 def _leaves_too(other: Asker, route: Route, call: Call) -> bool:
-    """Whether another caller would leave a route that a call left, as far as both are counted alike and the other one
-    stands no better in line.
-    """
-    mine, its, by = call.context, other.context, route.limit.fair_by
+    """Whether another caller would leave a route that a call left, as far as both are counted alike."""
     routes = call.pipeline.routes  # those of the other are as many; what a budget degraded to is in neither
     theirs = other.pipeline.routes[routes.index(route)] if route in routes else route
-    if PRIORITIES[its.priority] < PRIORITIES[mine.priority] or its.aside != mine.aside:
-        return False
-    if by is not None and getattr(its, by) != getattr(mine, by):
+    if other.context.aside != call.context.aside:
         return False
     *counted, patience = _counted(call, route)
     *like, longest = _counted(other, theirs)

@@ -222,37 +222,31 @@ def test_a_fallback_that_a_leader_s_budget_or_run_could_not_bound_is_its_followe
 
 @WAYS
 @pytest.mark.parametrize(
-    ("own", "others", "shared"),
+    "contexts",
     [
-        ({"priority": "low"}, {"priority": "high"}, False),
-        ({"priority": "high"}, {"priority": "low"}, True),
-        ({"user": "one"}, {"user": "two"}, False),
-        ({"user": "one"}, {"user": "one"}, True),
+        [{"user": f"user {number}"} for number in range(5)],
+        [{"priority": priority} for priority in ("low", "normal", "high", "high", "normal")],
     ],
+    ids=["users", "priorities"],
 )
-def test_who_stands_elsewhere_in_line_does_not_share_what_the_line_kept_from_a_leader(
-    way: str, own: dict[str, Any], others: dict[str, Any], shared: bool
-) -> None:
-    """Given a leader that left a busy route, when a call follows that goes before it, or in another user's line, then
-    it asks for itself."""
+def test_what_left_a_busy_route_answers_all_who_follow_it_at_once(way: str, contexts: list[dict[str, Any]]) -> None:
+    """Given a leader that left a busy route, when callers follow that stand elsewhere in its line, then its fallback
+    answers them all: one after another they would meet their deadlines."""
     gate, busy = Gate("fallback"), Gate("busy")
-    primary = ScriptedEngine([busy, "primary"])
     lm = over(
-        primary, cache=True, retry=Retry(patience=0.0), limit=RateLimit(concurrency=1, fair_by="user"),
-        fallbacks=[spare(ScriptedEngine([gate, "again"]))],
+        ScriptedEngine([busy, "primary"]), cache=True, retry=Retry(patience=0.0),
+        limit=RateLimit(concurrency=1, fair_by="user"), fallbacks=[spare(ScriptedEngine([gate, "again"]))],
     )  # fmt: skip
     sits = Caller(asking(lm, question="busy"))
     assert busy.arrived.wait(30)
-    leader = Caller(within(asking(lm, way), **own))
+    leader = Caller(within(asking(lm, way), **contexts[0]))
     assert gate.arrived.wait(30)
-    follower = Caller(within(asking(lm, way), **others))
-    until(lambda: following(lm) == 1)
+    followers = [Caller(within(asking(lm, way), **each)) for each in contexts[1:]]
+    until(lambda: following(lm) == len(followers))
+    gate.open()
+    assert [each.outcome() for each in (leader, *followers)] == [["fallback"]] * len(contexts)
     busy.open()
     assert sits.outcome() == ["busy"]
-    until(lambda: not lm.pipeline.store.holds())
-    gate.open()
-    assert leader.outcome() == ["fallback"]
-    assert follower.outcome() == ["fallback" if shared else "primary"]
     assert idle(lm)
 
 
