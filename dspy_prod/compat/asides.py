@@ -55,9 +55,7 @@ def counted(end: StreamEndEvent) -> Iterator[StreamDeltaEvent]:
     """The event that tells where an end stood which counts; none for one that does not."""
     usage = end.usage
     if usage is not None and (usage.input_tokens, usage.output_tokens) != (None, None):
-        data = end.provider_data or {}
-        last = {"reason": end.finish_reason, "data": data} if _is_last(end.finish_reason, data) else None
-        yield _event(_COUNTED, {"usage": asdict(usage), "raw": _counters_of(data), "last": last})
+        yield _event(_COUNTED, {"usage": asdict(usage), "raw": _counters_of(end.provider_data or {})})
 
 
 def counted_beside(data: str) -> Iterator[StreamDeltaEvent]:
@@ -155,11 +153,6 @@ class Asides:
             data = {**data, "usage": {**beginning, **data["usage"]}}
         return replace(end, usage=replace(usage, total_tokens=None, **missing), provider_data=data)
 
-    def last(self) -> StreamEndEvent | None:
-        """The end, as far as it was told, of a stream that broke before it; None where its usage may have grown."""
-        last = None if self._counted is None or self._more else self._counted.get("last")
-        return None if last is None else self.ended(StreamEndEvent(last["reason"], provider_data=last["data"]))
-
     def _with_what_holds(self, end: StreamEndEvent) -> StreamEndEvent:
         if self._counted is None:
             return end
@@ -208,19 +201,6 @@ def _usage_beside(counts: Any) -> Usage | None:
 
 def _counters_of(data: Mapping[str, Any]) -> dict[str, Any]:
     return {name: data[name] for name in ("usage", "usageMetadata") if name in data}
-
-
-def _is_last(reason: Any, data: Mapping[str, Any]) -> bool:
-    """Whether a usage was told with the reason why the answer ended, or behind it: then it does not grow any more.
-
-    Of Gemini's events lm15 says a reason where none was told.
-    """
-    if "usageMetadata" in data:
-        candidates = data.get("candidates")
-        return isinstance(candidates, list) and any(
-            isinstance(each, dict) and bool(each.get("finishReason")) for each in candidates
-        )
-    return reason is not None or data.get("choices") == []
 
 
 def _is_count(value: Any) -> bool:

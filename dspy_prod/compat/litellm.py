@@ -63,10 +63,6 @@ class _Hooked(Attending):
     """Gives the arguments of an ordinary call, None for a typed request, whose arguments DSPy makes."""
     cleaned: Callable[[bytes], bytes]
     """A page that is no answer without secrets: the native engine's error repeats the beginning of it."""
-    _streamed: tuple[Request, Any] | None = None
-    """What was asked of the last stream, and LiteLLM's stream."""
-    _whole: Response | None = None
-    """The answer of which a stream was made."""
 
     def _arguments(self, request: Request, *, streaming: bool = False) -> dict[str, Any]:
         data = self.ordinary(request)
@@ -76,24 +72,17 @@ class _Hooked(Attending):
             data = {**data, "stream": True, "stream_options": {"include_usage": True}}
         return data
 
-    def told(self) -> Response | None:
-        """What is owed for the last stream by the usage that the provider has told, whatever cut it off, and wherever.
-
-        None where it has told none, or one that may have grown since.
-        """
-        if self._whole is not None:
-            return self._whole
-        stay, streamed = self.stay, self._streamed
-        if streamed is None or stay is None or stay.odd or stay.uncounted:
-            return None
-        request, source = streamed
-        chunks = list(chunks_of(source))
-        if not any(getattr(chunk, "usage", None) for chunk in chunks):
-            return None
-        with suppress(Exception):  # then nobody knows
-            raw = get_litellm(feature="LiteLLM engine streaming").stream_chunk_builder(chunks)
-            return self.broken(response_value(raw, "chat", request), source)
-        return None
+    @contextmanager
+    def _billed(self, source: Any, request: Request, stay: Stay) -> Iterator[None]:
+        """Have an error of a stream carry, as `billed`, the usage that the provider had told before it."""
+        try:
+            yield
+        except Exception as error:
+            if not (stay.odd or stay.uncounted):
+                with suppress(Exception):  # then nobody knows
+                    raw = get_litellm(feature="LiteLLM engine streaming").stream_chunk_builder(list(chunks_of(source)))
+                    error.billed = self.broken(response_value(raw, "chat", request), source)  # type: ignore[attr-defined]
+            raise
 
     def _response(self, raw: Any, request: Request) -> Response:
         stay = Stay() if self.stay is None else self.stay
@@ -174,8 +163,7 @@ class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
             lm15 errors, translated from LiteLLM's.
         """
         if self.model_type != "chat":  # such an answer comes whole, as it does for a plain `dspy.LM`
-            self._whole = self.complete(request)
-            yield from response_to_events(self._whole)
+            yield from response_to_events(self.complete(request))
             return
         with self.attend() as stay:
             try:
@@ -189,9 +177,8 @@ class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
         litellm = get_litellm(feature="LiteLLM engine streaming")
         with litellm_errors(model=request.model), staying(stay):
             source = litellm.completion(**data)
-        self._streamed = request, source
         codec = Chunks(request)
-        with closing_stream(_Closing(source)):
+        with closing_stream(_Closing(source)), self._billed(source, request, stay):
             chunks = iter(source)
             while True:
                 # Several dialects, Gemini's above all, are sent not before their first chunk is asked for.
@@ -260,8 +247,7 @@ class HookedAsyncLiteLLMEngine(_Hooked, AsyncLiteLLMEngine):
     async def stream(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
         """The same in a task, see `HookedLiteLLMEngine.stream`."""
         if self.model_type != "chat":
-            self._whole = await self.complete(request)
-            for event in response_to_events(self._whole):
+            for event in response_to_events(await self.complete(request)):
                 yield event
             return
         with self.attend() as stay:
@@ -278,22 +264,22 @@ class HookedAsyncLiteLLMEngine(_Hooked, AsyncLiteLLMEngine):
         litellm = get_litellm(feature="LiteLLM engine streaming")
         with litellm_errors(model=request.model), staying(stay):
             source = await litellm.acompletion(**data)
-        self._streamed = request, source
         codec = Chunks(request)
         async with aclosing_stream(source):
             chunks = aiter(source)
-            while True:
-                with litellm_errors(model=request.model), staying(stay):
-                    try:
-                        chunk = await anext(chunks)
-                    except StopAsyncIteration:
-                        break
-                    except Exception as error:
-                        raise _original(error)  # noqa: B904
-                for event in codec.feed(chunk):
-                    yield event
-                    stay.goes_on()
-            yield _counted(self.ended(codec.finish(litellm), source, _reason(stay)), stay)
+            with self._billed(source, request, stay):
+                while True:
+                    with litellm_errors(model=request.model), staying(stay):
+                        try:
+                            chunk = await anext(chunks)
+                        except StopAsyncIteration:
+                            break
+                        except Exception as error:
+                            raise _original(error)  # noqa: B904
+                    for event in codec.feed(chunk):
+                        yield event
+                        stay.goes_on()
+                yield _counted(self.ended(codec.finish(litellm), source, _reason(stay)), stay)
 
 
 def missing_keys(model: str) -> list[str] | None:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
 
-from dspy.clients.engines.lifecycle import closing_stream
-from dspy.lm15 import Response, StreamAssemblyError, StreamEndEvent
+from dspy.lm15 import Response, StreamAssemblyError
 
 from dspy_prod.compat.asides import Asides
 from dspy_prod.compat.lm15 import StreamAccumulator, StreamEvent
@@ -29,13 +26,11 @@ class Answer:
     """
 
     __slots__ = (
-        "_accumulator", "_ahead", "_asides", "_call", "_since", "_start", "_strict", "end", "left", "outside",
-        "response",
+        "_accumulator", "_asides", "_call", "_since", "_start", "_strict", "end", "left", "outside", "response",
     )  # fmt: skip
 
     def __init__(self, effect: Send, call: Call) -> None:
         self._accumulator = StreamAccumulator(effect.request)
-        self._ahead: StreamEndEvent | None = None
         self._call = call
         self._asides = Asides()
         self._strict = isinstance(effect.route.upstream.spec, str)
@@ -45,15 +40,6 @@ class Answer:
         self.left = False
         self.outside = sys.exc_info()[1]
         self.response: Response | None = None
-        effect.stream = self
-
-    def overheard(self, source: Any) -> Iterator[StreamEvent]:
-        """The same events, of which the end is known also where it comes too late: a worker is ahead of who waits."""
-        with closing_stream(source):
-            for event in source:
-                if isinstance(event, StreamEndEvent):
-                    self._ahead = event
-                yield event
 
     def take(self, event: StreamEvent) -> tuple[StreamEvent, ...]:
         """Add an event; those to show now. The start waits for the first delta: until then all may be tried again."""
@@ -91,23 +77,6 @@ class Answer:
         with suppress(Exception):  # a part may be beyond repair, such as a tool call without a name
             effect.partial = self._asides.whole(self._accumulator.response())
         effect.ended = effect.partial is not None and self.end is not None and not _runs_along(self.end)
-
-    def told(self, line: Any) -> Response | None:
-        """See `effects.Telling`: an end may have come that nobody took, or the usage without an end."""
-        if (found := getattr(line, "told", None)) is not None:
-            known: Response | None = found()
-            return known
-        end = self.end or self._ahead or self._asides.last()
-        if end is None or _runs_along(end):
-            return None
-        try:
-            self._accumulator.push(end)
-            return self._asides.whole(self._accumulator.response())
-        except Exception:  # see `broke`; what it took is known all the same
-            bare = StreamAccumulator(self._accumulator.request)
-            bare.push(end)
-            response: Response = bare.response()
-            return response
 
     @property
     def unseen(self) -> tuple[StreamEvent, ...]:

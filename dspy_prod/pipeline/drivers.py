@@ -205,7 +205,7 @@ def _events(effect: Send, answer: Answer) -> Generator[StreamEvent, None, None]:
 
             def open_stream() -> Any:
                 _hand_over(effect, engine)
-                return answer.overheard(engine.stream(effect.request))
+                return engine.stream(effect.request)
 
             effect.late = job = Job[None]()
             source = bounded_stream(open_stream, until, route.timeout, job)

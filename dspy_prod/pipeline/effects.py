@@ -36,18 +36,6 @@ class Line(Protocol):
         ...
 
 
-class Telling(Protocol):
-    """A stream that knows what its provider has told of its usage."""
-
-    def told(self, line: Any) -> Response | None:
-        """What came of it, with a usage that does not grow any more; None where no such usage was told.
-
-        Args:
-            line: the engine, where it may know more.
-        """
-        ...
-
-
 @dataclass(slots=True, eq=False)
 class Send:
     """Send `request` on `route` once. Answered with the `Response`, or by raising the upstream's error.
@@ -62,7 +50,6 @@ class Send:
             interrupted.
         partial: a stream's answer as far as it came, left here when the stream broke.
         ended: its end event had come, and with it what the provider told of its usage.
-        stream: the stream; None for a whole answer.
     """
 
     route: Route
@@ -75,7 +62,6 @@ class Send:
     gone: bool = False
     line: Line | None = None
     late: LateResult | None = None
-    stream: Telling | None = None
 
     def goes(self) -> None:
         """Hear that the request goes out now, or may from now on."""
@@ -83,11 +69,6 @@ class Send:
             self.gone = True
             if self.leaving is not None:
                 self.leaving()
-
-    @property
-    def told(self) -> Response | None:
-        """What came of a stream, by whatever it was cut off, if its usage was told. To be asked when it has ended."""
-        return None if self.stream is None else self.stream.told(self.line)
 
     @property
     def left(self) -> bool:

@@ -118,7 +118,7 @@ def _failed(attempt: Attempt, raised: BaseException, latency: float) -> BaseExce
         attempt.throttles = True
         _throttled(attempt, error)
     if late is None:
-        answer = _known(attempt, raised) if verdict.owed else None
+        answer = attempt.answer or billed_by(raised) if verdict.owed else None
         if answer is None or not _settle_told(attempt, verdict, answer, latency, error):
             _settle_failure(attempt, verdict, error, latency)
     else:
@@ -201,16 +201,10 @@ def _ended_late(
             error.__cause__ = failure  # what it means depends on its causes
         end = judge(error)
         verdict = verdict._replace(owed=verdict.owed and end.owed, sent=verdict.sent and end.sent)
-    known = _known(attempt, failure) if verdict.owed else None
-    if known is not None and _settle_told(attempt, verdict, known, latency, told):
-        return
+        billed = billed_by(failure) if end.owed else None
+        if billed is not None and _settle_told(attempt, verdict, billed, latency, told):
+            return
     _settle_failure(attempt, _as_far_as_it_went(attempt, verdict), told, latency, late=True)
-
-
-def _known(attempt: Attempt, raised: BaseException | None) -> Response | None:
-    """What came of an answer that failed, or of its usage alone, by whatever it was cut off."""
-    billed = None if raised is None else billed_by(raised)
-    return attempt.answer or billed or (None if attempt.send is None else attempt.send.told)
 
 
 def _settle_told(attempt: Attempt, verdict: Verdict, response: Response, latency: float, error: BaseException) -> bool:

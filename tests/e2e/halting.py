@@ -38,12 +38,14 @@ class Halting:
 
     Attributes:
         url: where it listens.
+        said: all events of an answer have been sent.
     """
 
     def __init__(self, *events: dict[str, Any] | str) -> None:
         self._events: Sequence[dict[str, Any] | str] = events
         self._over = threading.Event()
         self._broken = threading.Event()
+        self.said = threading.Event()
         self._listening = socket.socket()
         self._listening.bind(("127.0.0.1", 0))
         self._listening.listen(16)
@@ -76,15 +78,14 @@ class Halting:
             connection.sendall(
                 b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
             )
-            connection.sendall(b"".join(map(_part, self._events)))  # at once: who has seen the first has them all
+            for event in self._events:
+                data = event if isinstance(event, str) else json.dumps(event)
+                line = f"data: {data}\n\n".encode()
+                connection.sendall(b"%x\r\n%s\r\n" % (len(line), line))
+            self.said.set()
             self._over.wait(60)
             if self._broken.is_set():
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-
-
-def _part(event: dict[str, Any] | str) -> bytes:
-    line = f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n".encode()
-    return b"%x\r\n%s\r\n" % (len(line), line)
 
 
 def _read(connection: socket.socket) -> None:
