@@ -17,6 +17,7 @@ def words(text: str, **beside: Any) -> dict[str, Any]:
     return {**_CHUNK, "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}], **beside}
 
 
+DONE = "data: [DONE]"
 STOP = {**_CHUNK, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
 
 
@@ -31,18 +32,19 @@ def told(inputs: int, outputs: int) -> dict[str, Any]:
 
 
 class Halting:
-    """Answers each request with these events, and then says nothing until it is closed.
+    """Answers each request with these events, and then, unless the last of them is `DONE`, says nothing until it is
+    closed.
 
     Args:
-        events: as JSON, or as they stand.
+        events: as JSON, as lines that are no event, or seconds before the next one.
 
     Attributes:
         url: where it listens.
         said: all events of an answer have been sent.
     """
 
-    def __init__(self, *events: dict[str, Any] | str) -> None:
-        self._events: Sequence[dict[str, Any] | str] = events
+    def __init__(self, *events: dict[str, Any] | str | float) -> None:
+        self._events: Sequence[dict[str, Any] | str | float] = events
         self._over = threading.Event()
         self._broken = threading.Event()
         self.said = threading.Event()
@@ -79,10 +81,15 @@ class Halting:
                 b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
             )
             for event in self._events:
-                data = event if isinstance(event, str) else json.dumps(event)
-                line = f"data: {data}\n\n".encode()
+                if isinstance(event, float):
+                    self._over.wait(event)
+                    continue
+                line = f"{event if isinstance(event, str) else f'data: {json.dumps(event)}'}\n\n".encode()
                 connection.sendall(b"%x\r\n%s\r\n" % (len(line), line))
             self.said.set()
+            if self._events[-1] == DONE:
+                connection.sendall(b"0\r\n\r\n")
+                return
             self._over.wait(60)
             if self._broken.is_set():
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -192,19 +192,26 @@ def bounded_stream(
 def within(source: Any, until: float, leaving: Callable[[], None], pause: float | None = None) -> Iterator[Any]:
     """The items of a stream that reads `ATTEMPT_UNTIL` itself, each awaited no longer than `until`.
 
-    Waiting longer than `pause` seconds for one item, connecting included, raises `StalledError`.
+    Where connecting takes longer than `pause` seconds, it raises `StalledError`; the transport bounds its reads by the
+    same itself, so that a server is no sooner given up that says something, though no item comes of it.
 
     Args:
         leaving: called when its request goes out.
     """
+    limit = until if pause is None else min(until, time.monotonic() + pause)
+
+    def left() -> None:
+        nonlocal limit
+        leaving()
+        limit = until
+        ATTEMPT_UNTIL.set(until)
+
     with closing(source) as items:
         iterator = iter(items)
         while True:
-            now = time.monotonic()
-            if now >= until:  # what one read brought may be many items
+            if time.monotonic() >= until:  # what one read brought may be many items
                 raise AttemptTimeoutError
-            limit = until if pause is None else min(until, now + pause)
-            ends, leaves = ATTEMPT_UNTIL.set(limit), LEAVING.set(leaving)
+            ends, leaves = ATTEMPT_UNTIL.set(limit), LEAVING.set(left)
             try:
                 item = next(iterator)
             except StopIteration:
