@@ -25,7 +25,7 @@ from dspy_prod.optimize.lineage import Lineage
 from dspy_prod.optimize.racing import Contest
 from dspy_prod.optimize.recognizing import Candidates
 from dspy_prod.optimize.seen import Seen
-from dspy_prod.optimize.states import key_of
+from dspy_prod.optimize.states import key_of, told_key
 from dspy_prod.production.leaving import Here
 from dspy_prod.runtime.reaper import REAPER
 
@@ -40,12 +40,16 @@ FAILURE: Final = 0.0
 
 
 class _Call:
-    """A call of a program that is going on."""
+    """A call of a program that is going on.
 
-    __slots__ = ("answering", "counts", "here", "inputs", "seen")
+    Its inputs are read once, as it begins: other threads, which look at what is going on, might find them half changed.
+    """
+
+    __slots__ = ("answering", "counts", "here", "key", "seen")
 
     def __init__(self, seen: Seen, counts: bool, answering: Answering, inputs: Mapping[str, Any]) -> None:
-        self.seen, self.counts, self.answering, self.inputs = seen, counts, answering, inputs
+        self.seen, self.counts, self.answering = seen, counts, answering
+        self.key = told_key(inputs)
         self.here = _begun()
 
 
@@ -132,7 +136,7 @@ class Camera(BaseCallback):
             return
         self._last.answer = None
         if self._judge.blames_program(exception):
-            key = self._by_inputs.get(key_of(call.inputs))
+            key = self._by_inputs.get(call.key)
             if key is not None:
                 self.note(call.seen, key, FAILURE, failed=True)
 
@@ -146,9 +150,9 @@ class Camera(BaseCallback):
         if here is not None and _is_collected(here, exception):
             REAPER.post(self._on_answer)
             return
-        self._on_answer()
         if isinstance(exception, LMError) and self._judge.refused(exception):
-            Answering.spoil()
+            Answering.spoil()  # first: DSPy only logs what a callback raises, and goes on behind it
+        self._on_answer()
 
     # -- evaluations ---------------------------------------------------------------------------------------------------
     def on_evaluate_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
@@ -204,7 +208,7 @@ class Camera(BaseCallback):
             return
         outputs, of = answer
         key = self.key(example)
-        if traced and key in self._selected:
+        if not key or (traced and key in self._selected):
             return
         if outputs is prediction or (isinstance(outputs, tuple) and outputs and outputs[0] is prediction):
             self.note(of, key, score, failed)
@@ -245,12 +249,12 @@ class Camera(BaseCallback):
     def flying(self, seen: Seen) -> int:
         """How many examples of the selection set it has yet to answer and is at: each once, and no others."""
         going_on = [call for call in list(self._calls.values()) if call.seen is seen and call.counts]
-        asked = {self._by_inputs.get(key_of(call.inputs)) for call in going_on}
+        asked = {self._by_inputs.get(call.key) for call in going_on}
         return sum(key in self._selected and key not in seen.scores for key in asked)
 
     def key(self, example: Any) -> str:
-        """The key of an example, of the run's data sets or of somebody else's."""
-        return self.example_keys.get(id(example)) or key_of(example)
+        """The key of an example, of the run's data sets or of somebody else's; for the latter see `told_key`."""
+        return self.example_keys.get(id(example)) or told_key(example)
 
 
 def _begun() -> Here:

@@ -5,6 +5,7 @@ are the same candidate, whatever objects they are.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -108,13 +109,12 @@ def read(program: Any, alone: bool = False, written: bool = True) -> State:
     parts = tuple([_part(name, predictor) for name, predictor in program.named_predictors()])
     found = program.named_sub_modules() if written else ()
     sources = {name: source for name, module in found if (source := source_of(module)) is not None}
-    text = orjson.dumps(
+    text = _written(
         [
             [part.name, part.instructions, _fields(part.signature), [_plain(demo) for demo in part.demos],
              _plain(part.config), _plain(part.fields)]
             for part in parts
-        ] + [sources, type(program).__qualname__ if alone else ""],
-        option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS,
+        ] + [sources, type(program).__qualname__ if alone else ""]
     )  # fmt: skip
     return State(hashlib.sha256(text).hexdigest()[:16], parts, sources, program if alone else None)
 
@@ -174,6 +174,24 @@ def _plain(value: Any) -> Any:
 
 
 def key_of(example: Any) -> str:
-    """What tells an example of a data set from others, in every process."""
-    text = orjson.dumps(_plain(example), option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)
-    return hashlib.sha256(text).hexdigest()[:16]
+    """What tells an example of a data set from others, in every process.
+
+    Raises:
+        Exception: it is not to be told, as it contains itself, or an object of its raises where it is read.
+    """
+    return hashlib.sha256(_written(_plain(example))).hexdigest()[:16]
+
+
+def told_key(example: Any) -> str:
+    """The same of what need be no example of the run's; empty where it cannot be told, which none of those is."""
+    try:
+        return key_of(example)
+    except Exception:
+        return ""
+
+
+def _written(data: Any) -> bytes:
+    try:
+        return orjson.dumps(data, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)
+    except TypeError:  # half a character, as a model may write
+        return json.dumps(data, sort_keys=True).encode()

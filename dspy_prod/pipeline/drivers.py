@@ -36,7 +36,7 @@ from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
 from dspy_prod.pipeline.upstream.errors import public_error
 from dspy_prod.pipeline.upstream.headers import forget_refusal
 from dspy_prod.pipeline.upstream.replay import replay
-from dspy_prod.pipeline.upstream.workers import Job
+from dspy_prod.pipeline.upstream.workers import Job, Threaded
 
 
 # -- whole answers ---------------------------------------------------------------------------------------------------
@@ -165,7 +165,9 @@ async def _asend(effect: Send) -> Response:
     limit: Any = None
     try:
         engine = effect.route.upstream.async_engine(request, effect.beside, until)
-        if not isinstance(engine, AsyncLM15Engine):
+        if isinstance(engine, Threaded):
+            effect.late, engine.begins = engine.job, effect.goes
+        elif not isinstance(engine, AsyncLM15Engine):
             _hand_over(effect, engine)
         leaves = LEAVING.set(effect.goes)
         try:

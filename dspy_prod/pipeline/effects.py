@@ -46,8 +46,8 @@ class Send:
     Attributes:
         gone: it may have gone out, as far as the driver or its transport can tell.
         line: the engine, where it knows better.
-        late: what the driver has a worker thread do, set before it begins; None where nothing goes on when who waits is
-            interrupted.
+        late: what the driver has a thread do, set before it begins; None where nothing goes on when who waits is
+            interrupted or cancelled.
         partial: a stream's answer as far as it came, left here when the stream broke.
         ended: its end event had come, and with it what the provider told of its usage.
     """

@@ -9,6 +9,7 @@ from typing import Any
 
 import dspy
 import pytest
+from dspy.utils.exceptions import LMError
 
 from benchmarks.subjects import Guesses
 from benchmarks.world import World
@@ -182,14 +183,18 @@ def test_whoever_finds_somebody_at_it_does_not_wait_and_nothing_is_missed() -> N
     assert caps == [60, 60, 60]
 
 
+def watching(student: Any, world: World, asked: Any, judge: Any = None, on_answer: Any = lambda: None) -> Camera:
+    nobody: Any = None
+    return Camera(
+        student, world.valset, world.trainset, judge, {asked.model}, None, lambda _: None, on_answer, nobody
+    )  # fmt: skip
+
+
 def test_of_its_calls_on_their_way_only_those_count_that_it_lacks(world: World, asked: Any) -> None:
     """Those on the training set were taken off what it lacks, and less was kept for it while they went on."""
     student = world.program()
     first, second, third, *_ = world.valset
-    nobody: Any = None
-    camera = Camera(
-        student, world.valset, world.trainset, nobody, {asked.model}, None, lambda _: None, lambda: None, nobody
-    )  # fmt: skip
+    camera = watching(student, world, asked)
     seen = camera.candidates.seen_of(student)
     camera.note(seen, camera.key(first), 1.0)
 
@@ -205,3 +210,64 @@ def test_of_its_calls_on_their_way_only_those_count_that_it_lacks(world: World, 
     assert (camera.flying(seen), camera.missing(seen)) == (0, len(world.valset) - 1)
     copy_context().run(begin, "its own", second, second, third)
     assert camera.flying(seen) == 2
+
+
+def endless() -> Any:
+    """What contains itself."""
+    found: dict[str, Any] = {}
+    found["within"] = found
+    return found
+
+
+class Unreadable:
+    """Another thread is at it whenever it is read."""
+
+    def model_dump(self, **_: Any) -> Any:
+        raise RuntimeError("dictionary changed size during iteration")
+
+
+@pytest.mark.parametrize("odd", [endless(), Unreadable(), "\ud83d"], ids=["endless", "unreadable", "half a character"])
+def test_inputs_that_cannot_be_told_are_no_examples_of_the_run(odd: Any, world: World, asked: Any) -> None:
+    """Each look at what is on its way failed as long as such a call was, and the reserve stayed what it had been."""
+    student = world.program()
+    camera = watching(student, world, asked)
+    seen = camera.candidates.seen_of(student)
+    copy_context().run(camera.on_module_start, "odd", student, {"kwargs": {"message": odd}})
+    copy_context().run(camera.on_module_start, "known", student, {"kwargs": dict(world.valset[0].inputs())})
+    assert camera.flying(seen) == 1
+    example, answer = dspy.Example(message=odd).with_inputs("message"), dspy.Prediction(label="a")
+    camera.on_module_end("odd", answer)
+    camera.scored(example, answer, 1.0, traced=False)  # called by the metric: what it raises is the metric's error
+    assert camera.flying(seen) == 1
+    assert camera.missing(seen) == len(world.valset)
+
+
+def test_what_a_call_was_asked_stays_what_it_is_when_its_inputs_change(world: World, asked: Any) -> None:
+    """A program may write into what it was given, while others look."""
+    student = world.program()
+    camera = watching(student, world, asked)
+    inputs = dict(world.valset[0].inputs())
+    copy_context().run(camera.on_module_start, "known", student, {"kwargs": inputs})
+    inputs.clear()
+    assert camera.flying(camera.candidates.seen_of(student)) == 1
+
+
+def test_a_refused_answer_is_none_also_where_nobody_can_look_at_what_is_left(world: World, asked: Any) -> None:
+    """DSPy logs what a callback raises, and the refusal behind it was never noted."""
+
+    def fails() -> None:
+        raise OSError("the store cannot be read")
+
+    student = world.program()
+    judge = SimpleNamespace(refused=lambda error: True)
+    camera = watching(student, world, asked, judge, fails)
+
+    def answers() -> None:
+        camera.on_module_start("call", student, {"kwargs": dict(world.valset[0].inputs())})
+        answering = camera._calls["call"].answering
+        camera.on_lm_start("asked", asked, {})
+        with pytest.raises(OSError, match="cannot be read"):
+            camera.on_lm_end("asked", None, LMError("no more"))
+        assert answering.refused
+
+    copy_context().run(answers)

@@ -86,6 +86,14 @@ def test_the_order_of_demonstrations_matters() -> None:
     assert read(program).key != read(other).key
 
 
+def test_half_a_character_that_a_model_wrote_is_a_demonstration_like_any_other() -> None:
+    """The program with it was no candidate: its state could not be read."""
+    program, other = Two(), Two()
+    program.first.demos = [dspy.Example(question="a", draft="b\ud83d")]
+    other.first.demos = [dspy.Example(question="a", draft="b\ud83e")]
+    assert read(program).key == read(program.deepcopy()).key != read(other).key
+
+
 def test_keys_of_examples_tell_contents_apart() -> None:
     assert key_of(DEMO) == key_of(dspy.Example(draft="b", question="a").with_inputs("question"))
     assert key_of(DEMO) != key_of(dspy.Example(draft="b", question="c").with_inputs("question"))
@@ -115,6 +123,7 @@ PAIRS: dict[str, tuple[Any, Any]] = {
     "ids": (uuid.UUID(int=1), uuid.UUID(int=2)),
     "paths": (PurePosixPath("a"), PurePosixPath("b")),
     "bytes": (b"a", b"b"),
+    "half a character": ("a\ud83d", "a\ud83e"),
     "enums": (Shade.LIGHT, Shade.DARK),
     "dataclasses": (Point([1]), Point([2])),
     "objects": (Place("here"), Place("there")),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 from collections.abc import Callable, Mapping
 from math import inf
@@ -18,6 +17,7 @@ from dspy_prod.pipeline.upstream.ordinary import Beside
 from dspy_prod.pipeline.upstream.rows import rows_of
 from dspy_prod.pipeline.upstream.upstream import Upstream
 from dspy_prod.pipeline.upstream.vectors import Vectors, texts_of, vectors
+from dspy_prod.pipeline.upstream.workers import Threaded
 from dspy_prod.runtime.forking import IMPORTING
 
 
@@ -60,7 +60,10 @@ class EmbeddingUpstream(Upstream):
 
     def async_engine(self, request: Request, beside: Beside | None, until: float = inf) -> Any:
         """See `Upstream`."""
-        return _Asynchronous(self._engine(until))
+        engine = self._engine(until)
+        if isinstance(engine, FunctionVectors) and not engine.is_awaited:
+            return Threaded(engine.complete)
+        return _Asynchronous(engine)
 
     def warm(self, request: Request, beside: Beside | None) -> None:
         """See `Upstream`."""
@@ -131,11 +134,14 @@ class FunctionVectors:
         """The vectors of a batch."""
         return self._read(self._function(texts_of(request), **self._arguments), request)
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether it is an `async def`, for `acomplete`."""
+        return inspect.iscoroutinefunction(self._function)
+
     async def acomplete(self, request: Request) -> Vectors:
-        """The same, in a thread, so that the event loop goes on."""
-        if inspect.iscoroutinefunction(self._function):
-            return self._read(await self._function(texts_of(request), **self._arguments), request)
-        return await asyncio.to_thread(self.complete, request)
+        """The same of an asynchronous function."""
+        return self._read(await self._function(texts_of(request), **self._arguments), request)
 
     def _read(self, given: Any, request: Request) -> Vectors:
         return vectors(request.model, rows_of(given, len(request.messages)), Usage())

@@ -23,7 +23,7 @@ class SealedError(ValueError):
 
 
 class LateResult(Protocol):
-    """An attempt in a worker thread, which goes on there when its caller leaves: at a time limit, or for Ctrl-C.
+    """An attempt in a thread, which goes on there when its caller leaves: at a time limit, cancelled, or for Ctrl-C.
 
     Attributes:
         heard: its caller has its end.

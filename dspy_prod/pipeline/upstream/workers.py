@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import threading
 import time
 from collections.abc import Callable
 from math import inf
 from queue import Empty, SimpleQueue
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
+from dspy.lm15 import Request
 from dspy.utils.exceptions import LMLockTimeoutError
 
 from dspy_prod.runtime.forking import reset_after_fork
@@ -65,6 +67,37 @@ class Job(Generic[T]):
                 return
             self._done.set()
         report(self.value, self.error)
+
+
+class Threaded:
+    """A synchronous engine for one attempt of a task: it runs in a thread of the event loop's.
+
+    Args:
+        complete: what the thread does.
+
+    Attributes:
+        job: the attempt, which goes on when its task is cancelled. begins: called in the thread as it begins.
+    """
+
+    def __init__(self, complete: Callable[[Request], Any]) -> None:
+        self._complete = complete
+        self.job = Job[Any]()
+        self.begins: Callable[[], None] | None = None
+
+    async def complete(self, request: Request) -> Any:
+        """What the engine answers."""
+
+        def work() -> Any:
+            if self.begins is not None:
+                self.begins()
+            return self._complete(request)
+
+        job = self.job
+        await asyncio.to_thread(job.run, work)
+        job.heard = True
+        if job.error is not None:
+            raise job.error
+        return job.value
 
 
 class Workers:
