@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, closing, suppress
@@ -82,6 +84,9 @@ def bound(response: Any, stay: Stay) -> None:
         return
     status = response.status_code
     response._decoder = _Bounded(decoder, status, response.headers.get("content-type", ""), stay)
+    if isinstance(response.stream, httpx.SyncByteStream) and (wire := _own_socket(response)) is not None:
+        response.stream = body = _Shutting(response.stream, wire)
+        stay.reads(body)
     if status >= 300:
         response.stream = _Cut(response.stream)
     elif isinstance(response.stream, httpx.AsyncByteStream) and "stream" in response.headers.get("content-type", ""):
@@ -202,6 +207,44 @@ def _is_odd(said: Any, counts: bool) -> bool:
 
 
 _CODINGS = {"GZipDecoder": "gzip", "DeflateDecoder": "deflate"}
+
+
+def _own_socket(response: Any) -> socket.socket | None:
+    """The socket by which nothing but this answer comes; None where others share it (HTTP/2), or it is not known."""
+    extensions = response.extensions
+    if not bytes(extensions.get("http_version", b"")).startswith(b"HTTP/1"):
+        return None
+    told = getattr(extensions.get("network_stream"), "get_extra_info", None)
+    found = None if told is None else told("socket")
+    return found if isinstance(found, socket.socket) else None
+
+
+class _Shutting(httpx.SyncByteStream):
+    """A body that one thread reads, and another may end: closing it there would wait, or break what is being read.
+
+    Once it is closed its connection may be another request's. The lock keeps the two apart; the garbage collector may
+    come to `shut` in the very thread that holds it.
+    """
+
+    def __init__(self, stream: Any, wire: socket.socket) -> None:
+        self._stream = stream
+        self._wire: socket.socket | None = wire
+        self._lock = threading.RLock()
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._stream)
+
+    def close(self) -> None:
+        with self._lock:
+            self._wire = None
+        self._stream.close()
+
+    def shut(self) -> None:
+        with self._lock:
+            if self._wire is not None:
+                with suppress(OSError):
+                    # Not the method of `ssl.SSLSocket`, which takes the encryption from under the reader.
+                    socket.socket.shutdown(self._wire, socket.SHUT_RDWR)
 
 
 class _Paced(httpx.AsyncByteStream):

@@ -146,6 +146,18 @@ def unread(stay: Stay) -> Iterator[None]:
 class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
     """The synchronous engine."""
 
+    _dropped = False
+    _streaming: Stay | None = None
+
+    def drop(self) -> None:
+        """Have a stream that nobody reads any more end at once, also where its provider is silent.
+
+        From any thread. An answer that comes whole is still read: it tells what it has cost.
+        """
+        self._dropped = True
+        if (stay := self._streaming) is not None:
+            stay.drop()
+
     def complete(self, request: Request) -> Response:
         """DSPy's, unless LiteLLM stumbles over an answer that came."""
         with self.attend() as stay:
@@ -166,6 +178,9 @@ class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
             yield from response_to_events(self.complete(request))
             return
         with self.attend() as stay:
+            self._streaming = stay
+            if self._dropped:
+                stay.drop()
             try:
                 yield from self._events(request, stay)
             except Exception as error:

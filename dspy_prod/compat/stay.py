@@ -9,7 +9,7 @@ from contextlib import suppress
 from math import inf
 from traceback import walk_tb
 from types import CodeType, FrameType
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 Came = Literal["whole", "begun"]
 
@@ -64,6 +64,14 @@ def set_mark(error: BaseException, mark: Mark) -> None:
         setattr(error, _MARK, mark)
 
 
+class Body(Protocol):
+    """The body of an answer that a thread reads."""
+
+    def shut(self) -> None:
+        """End the reading, at once and from any thread; nothing when it has ended."""
+        ...
+
+
 class Stay:
     """One attempt, as httpx sees it: what was answered, whatever the client above makes of it.
 
@@ -85,15 +93,16 @@ class Stay:
     """
 
     __slots__ = (
-        "_asked", "_home", "_moved", "_outside", "_untold", "answer", "code", "left", "odd", "over", "reason",
-        "uncounted", "until", "within",
+        "_asked", "_body", "_dropped", "_home", "_moved", "_outside", "_untold", "answer", "code", "left", "odd",
+        "over", "reason", "uncounted", "until", "within",
     )  # fmt: skip
 
     def __init__(self, until: float = inf) -> None:
         self.until = until
         self.over = False
         self.within: CodeType | None = None
-        self._asked = self._untold = self._moved = self.left = False
+        self._asked = self._untold = self._moved = self._dropped = self.left = False
+        self._body: Body | None = None
         self._home = _here()
         self._outside = sys.exc_info()[1]  # what its caller handles is the context of all that is raised in it
         self._forget()
@@ -146,6 +155,21 @@ class Stay:
             self.left, self._moved = True, response.status_code in _SENDS_ON
         return own
 
+    def reads(self, body: Body) -> None:
+        """Hear what its answer is read from; shut at once where nobody wants it any more."""
+        self._body = body
+        if self._dropped:
+            body.shut()
+
+    def drop(self) -> None:
+        """Read no more of its answer, for nobody wants it: whoever waits for a part of it hears so at once.
+
+        From any thread, also in the garbage collector.
+        """
+        self._dropped = True
+        if (body := self._body) is not None:
+            body.shut()
+
     def _asks(self, request: Any) -> bool:
         if self.over or _aside(self.within):
             return False
@@ -164,7 +188,7 @@ class Stay:
         self._outside = None
         if kind is None or issubclass(kind, Exception):  # one that is cancelled may still be sending, in a thread
             self.over = True
-            self.answer = None
+            self.answer = self._body = None
 
     @property
     def came(self) -> Came | None:

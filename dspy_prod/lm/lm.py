@@ -319,5 +319,5 @@ _UPDATE_HISTORY: Final = LM.update_history
 
 LM.__module__ = "dspy_prod.lm"  # the name in saved states and pickles
 
-# Registered after the stores' own ending, which `assemble` imports, and hence done before it.
+# What was posted is done before the process ends, also where no pipeline was built.
 atexit.register(REAPER.flush, 2.0)

@@ -210,7 +210,8 @@ def _events(effect: Send, answer: Answer) -> Generator[StreamEvent, None, None]:
                 return engine.stream(effect.request)
 
             effect.late = job = Job[None]()
-            source = bounded_stream(open_stream, until, route.timeout, job)
+            drop = getattr(engine, "drop", None) if isinstance(route.upstream.spec, str) else None
+            source = bounded_stream(open_stream, until, route.timeout, job, drop)
         with closing(checked_stream(source, provider=route.upstream.provider)) as events:
             for event in events:
                 for shown in answer.take(event):

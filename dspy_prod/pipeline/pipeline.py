@@ -77,6 +77,7 @@ class Pipeline:
         self._made: dict[str, Route] = {}
         self._capabilities: Any = None
         REAPER.start()
+        REAPER.finish_before(type(store))  # with its module it has registered its own end
 
     def every_budget(self) -> tuple[BudgetRule, ...]:
         """The budgets of all calls, and those of single routes."""

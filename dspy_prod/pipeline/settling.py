@@ -124,6 +124,7 @@ def _failed(attempt: Attempt, raised: BaseException, latency: float) -> BaseExce
     else:
         if call.purse is not None:
             _pay(attempt, worst(attempt) or 0)  # until it has ended
+        REAPER.keep(attempt, lambda: _ended_with_process(attempt, verdict, error))
         late.on_end(lambda response, failure: _ended_late(attempt, verdict, error, response, failure))
     if error is not raised:  # it says all by itself; behind what was raised may be what the caller was handling
         error.own_causes = 0  # type: ignore[attr-defined]
@@ -188,6 +189,8 @@ def _ended_late(
     Args:
         told: the error that its caller had.
     """
+    if not REAPER.take(attempt):  # the process is ending, and has not waited for it
+        return
     if attempt.came_to is not None:
         _finish(attempt, attempt.came_to)
         return
@@ -207,6 +210,29 @@ def _ended_late(
     _settle_failure(attempt, _as_far_as_it_went(attempt, verdict), told, latency, late=True)
 
 
+<<<<<<< HEAD
+=======
+def _ended_with_process(attempt: Attempt, verdict: Verdict, told: BaseException) -> None:
+    """The process ends, and with it a worker that nobody waits for: its seat is not to be taken until the lease ends.
+
+    It may yet send until the very end, so that it has not got that far says nothing.
+
+    Args:
+        told: the error that its caller had.
+    """
+    latency = attempt.call.pipeline.clock.monotonic() - attempt.started
+    known = _known(attempt, None) if verdict.owed else None
+    if known is None or not _settle_told(attempt, verdict, known, latency, told):
+        _settle_failure(attempt, verdict, told, latency, late=True)
+
+
+def _known(attempt: Attempt, raised: BaseException | None) -> Response | None:
+    """What came of an answer that failed, or of its usage alone, by whatever it was cut off."""
+    billed = None if raised is None else billed_by(raised)
+    return attempt.answer or billed or (None if attempt.send is None else attempt.send.told)
+
+
+>>>>>>> mend-F
 def _settle_told(attempt: Attempt, verdict: Verdict, response: Response, latency: float, error: BaseException) -> bool:
     """Settle a failed attempt by the usage that came with its answer; False when none is to be believed."""
     call, route = attempt.call, attempt.route

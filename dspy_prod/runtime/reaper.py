@@ -1,4 +1,4 @@
-"""Work that a finaliser may not do itself.
+"""Work that a finaliser may not do itself, and work for the end of the process.
 
 The garbage collector closes an abandoned stream or coroutine at any allocation, perhaps while this very thread holds
 one of our locks. Such a path only puts its work here (`SimpleQueue.put` is reentrant); one daemon thread does it.
@@ -6,7 +6,9 @@ one of our locks. Such a path only puts its work here (`SimpleQueue.put` is reen
 
 from __future__ import annotations
 
+import atexit
 import logging
+import sys
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -24,6 +26,9 @@ class Reaper:
         self._work: SimpleQueue[Callable[[], object]] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
+        self._kept: dict[object, Callable[[], object]] = {}
+        self._before: set[object] = set()
+        self._finalized = False
 
     def start(self) -> None:
         """Make sure the thread runs; called when a pipeline is built, and as a call begins that may post. Never from a
@@ -51,19 +56,56 @@ class Reaper:
         self._work.put(done.set)
         return done.wait(timeout)
 
+    def keep(self, key: object, work: Callable[[], object]) -> None:
+        """Have `work` done when the process ends, unless it is taken back before. A forked child keeps none of it."""
+        self._kept[key] = work
+        self._end_with_worker_process()
+
+    def take(self, key: object) -> bool:
+        """Take back what is kept under this key, once: False when it is done already, or was taken by another."""
+        return self._kept.pop(key, None) is not None
+
+    def finish_before(self, what: object) -> None:
+        """Have this process `finish` before what it has registered with `atexit` by now; once for each `what`."""
+        self._end_with_worker_process()
+        if what not in self._before:
+            self._before.add(what)
+            atexit.register(self.finish)
+
+    def finish(self, timeout: float = 2.0) -> bool:
+        """The process ends: wait as `flush` does, then do what is kept."""
+        flushed = self.flush(timeout)
+        for key, work in list(self._kept.items()):
+            if self.take(key):
+                _do(work)
+        return flushed
+
+    def _end_with_worker_process(self) -> None:
+        """A worker of multiprocessing leaves without `atexit`; its finalizers do this before stores end."""
+        process = sys.modules.get("multiprocessing.process")
+        if process is None or process.parent_process() is None or self._finalized:
+            return
+        from multiprocessing.util import Finalize
+
+        self._finalized = True
+        Finalize(None, self.finish, exitpriority=1)
+
     def _run(self) -> None:
         while True:
-            work = self._work.get()
-            try:
-                work()
-            except BaseException:  # it would end the thread, and nothing posted later were ever done
-                _log.exception("Settling an abandoned call failed; its hold is charged when the lease ends")
+            _do(self._work.get())
 
     def _after_fork(self) -> None:
         running = self._thread is not None
         self.__init__()  # type: ignore[misc]
         if running:
             self.start()
+
+
+def _do(work: Callable[[], object]) -> None:
+    try:
+        work()
+    except BaseException:  # it would end the thread, and nothing that comes after were ever done
+        _log.exception("Settling an abandoned call failed; its hold is charged when the lease ends")
 
 
 REAPER = Reaper()

@@ -118,7 +118,7 @@ class Worker:
 
     def close(self) -> bool:
         """Hand over what is still to be written: Ray ends a process without its exit functions. False: not all was."""
-        reaped = REAPER.flush(FLUSH)
+        reaped = REAPER.finish(FLUSH)
         places = () if self._work is None else self._work.places
         written = [place.opened().flush(FLUSH) for place in places]
         tap = TAP.active

@@ -14,6 +14,7 @@ from dspy.utils.exceptions import LMRateLimitError, LMServerError, LMTimeoutErro
 import dspy_prod
 from dspy_prod import Budget, CircuitBreaker, RateLimit, call_context
 from dspy_prod.errors import CircuitOpenError, DeadlineExceededError
+from dspy_prod.pipeline import settling
 from dspy_prod.pipeline.admission import admission
 from dspy_prod.pipeline.attempt import Attempt
 from dspy_prod.pipeline.effects import Send
@@ -21,7 +22,7 @@ from dspy_prod.pipeline.plan import plan
 from dspy_prod.pipeline.settling import failed, succeeded
 from dspy_prod.pipeline.upstream.deadline import StalledError
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
-from dspy_prod.runtime.reaper import REAPER
+from dspy_prod.runtime.reaper import REAPER, Reaper
 from dspy_prod.stores.base import GRANTED, PENDING, WITHDRAWN
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.testing import FakeClock, ScriptedEngine
@@ -381,6 +382,53 @@ def test_an_abandoned_attempt_is_settled_when_it_ends(
     assert (record.latency, record.error) == (5.0, error), "the error that its caller had"
     assert spent(lm) == (cost, 0)
     assert attempt.call.records == [record]
+
+
+@pytest.fixture
+def reaper(monkeypatch: pytest.MonkeyPatch) -> Reaper:
+    """One of its own, for the end of a process: that of this one keeps what other tests have left."""
+    reaper = Reaper()
+    monkeypatch.setattr(settling, "REAPER", reaper)
+    reaper.start()
+    return reaper
+
+
+@pytest.mark.parametrize(
+    ("raised", "outcome"),
+    [(AttemptTimeoutError(), "timeout"), (KeyboardInterrupt(), "cancelled"), (GeneratorExit(), "cancelled")],
+    ids=["time limit", "Ctrl-C", "let fall"],
+)
+@pytest.mark.parametrize("gone", [True, False], ids=["sent", "connecting"])
+def test_an_abandoned_attempt_is_settled_when_its_process_ends_before_it(
+    reaper: Reaper, raised: BaseException, outcome: str, gone: bool
+) -> None:
+    """Its seat was taken until the lease ended. It may go out until the very end, so its bound is owed."""
+    lm = lm_of(timeout=2)
+    attempt, late = under_way(lm), Late()
+    assert attempt.send is not None
+    attempt.send.late, attempt.send.gone = late, gone
+    failed(attempt, raised)
+    assert reaper.finish(5)
+    (record,) = records(lm)
+    assert (record.outcome, record.cost_nano, record.estimated) == (outcome, CENT, True)
+    assert spent(lm) == (CENT, 0)
+    assert late.report is not None
+    late.report(answer(20), None)  # its thread runs on for a moment
+    assert records(lm) == [record]
+    assert spent(lm) == (CENT, 0)
+
+
+def test_an_abandoned_attempt_that_has_ended_is_not_settled_again_by_the_end_of_its_process(reaper: Reaper) -> None:
+    lm = lm_of(timeout=2)
+    attempt, late = under_way(lm), Late()
+    assert attempt.send is not None
+    attempt.send.late = late
+    failed(attempt, KeyboardInterrupt())
+    assert late.report is not None
+    late.report(answer(20), None)
+    assert reaper.finish(5)
+    assert len(records(lm)) == 1
+    assert spent(lm) == (CENT // 5, 0)
 
 
 def test_the_tokens_of_a_failure_are_given_back_unless_they_may_be_used() -> None:

@@ -2,7 +2,8 @@
 
 The native route reads the limit from a `ContextVar` in every socket operation, so it needs no extra thread. Other
 synchronous engines run in a worker thread that the caller stops waiting for; the abandoned attempt keeps its hold
-until it ends. Asynchronous engines are cancelled by `timeout_at`.
+until it ends: at once for a stream by way of LiteLLM, whose connection can be shut. Asynchronous engines are
+cancelled by `timeout_at`.
 """
 
 from __future__ import annotations
@@ -133,7 +134,11 @@ class StalledError(AttemptTimeoutError):
 
 
 def bounded_stream(
-    open_stream: Callable[[], Iterator[T]], until: float, pause: float | None = None, job: Job[None] | None = None
+    open_stream: Callable[[], Iterator[T]],
+    until: float,
+    pause: float | None = None,
+    job: Job[None] | None = None,
+    leave: Callable[[], None] | None = None,
 ) -> Iterator[T]:
     """The items of a stream that runs in a worker; raises `AttemptTimeoutError` at `until`.
 
@@ -142,6 +147,8 @@ def bounded_stream(
 
     Args:
         job: see `bounded`.
+        leave: called when the consumer has gone before the end, perhaps by the garbage collector: it interrupts the
+            worker, which may be waiting for an item. None where nothing can; then the worker ends with its next item.
     """
     items: SimpleQueue[Any] = SimpleQueue()
     room = threading.Semaphore(bounds.AHEAD)
@@ -187,6 +194,8 @@ def bounded_stream(
     finally:
         gone.set()
         room.release()
+        if leave is not None and job is not None and not job.heard:
+            leave()
 
 
 def within(source: Any, until: float, leaving: Callable[[], None], pause: float | None = None) -> Iterator[Any]:
