@@ -152,7 +152,7 @@ class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
     def drop(self) -> None:
         """Have a stream that nobody reads any more end at once, also where its provider is silent.
 
-        From any thread. An answer that comes whole is still read: it tells what it has cost.
+        From any thread. An answer that comes whole is read to its end.
         """
         self._dropped = True
         if (stay := self._streaming) is not None:

@@ -210,8 +210,6 @@ def _ended_late(
     _settle_failure(attempt, _as_far_as_it_went(attempt, verdict), told, latency, late=True)
 
 
-<<<<<<< HEAD
-=======
 def _ended_with_process(attempt: Attempt, verdict: Verdict, told: BaseException) -> None:
     """The process ends, and with it a worker that nobody waits for: its seat is not to be taken until the lease ends.
 
@@ -221,18 +219,11 @@ def _ended_with_process(attempt: Attempt, verdict: Verdict, told: BaseException)
         told: the error that its caller had.
     """
     latency = attempt.call.pipeline.clock.monotonic() - attempt.started
-    known = _known(attempt, None) if verdict.owed else None
-    if known is None or not _settle_told(attempt, verdict, known, latency, told):
+    answer = attempt.answer if verdict.owed else None
+    if answer is None or not _settle_told(attempt, verdict, answer, latency, told):
         _settle_failure(attempt, verdict, told, latency, late=True)
 
 
-def _known(attempt: Attempt, raised: BaseException | None) -> Response | None:
-    """What came of an answer that failed, or of its usage alone, by whatever it was cut off."""
-    billed = None if raised is None else billed_by(raised)
-    return attempt.answer or billed or (None if attempt.send is None else attempt.send.told)
-
-
->>>>>>> mend-F
 def _settle_told(attempt: Attempt, verdict: Verdict, response: Response, latency: float, error: BaseException) -> bool:
     """Settle a failed attempt by the usage that came with its answer; False when none is to be believed."""
     call, route = attempt.call, attempt.route
