@@ -91,7 +91,7 @@ def shared_by(call: Call) -> Callable[[Asker], bool] | None:
     """Whether the outcome of a call holds for a follower too; None: for all of them.
 
     A budget may have made it another one than that of a follower who draws on another account, who has more time might
-    have got what this call had none for, and who is counted by nothing, a route that this one left.
+    have got what this call had none for; and who is not counted as this call is might ask a route that it left.
     """
     fate = call.fate
     if fate is None:

@@ -14,7 +14,7 @@ class Fate:
         budgets: those that had it ask a cheaper model, ask for fewer tokens, or leave a route out.
         short: (when a further attempt would have begun for which it had no time, since when it would have waited), in
             monotonic time, of each that was left out for that.
-        left: routes that its own limit did not let it ask, or that no budget or run of its own could bound.
+        left: routes that a budget or run of its own did not let it ask, or could not bound.
     """
 
     __slots__ = ("budgets", "left", "short")
