@@ -16,6 +16,7 @@ from dspy_prod.context.current import EMPTY, SETTING
 from dspy_prod.pipeline import preparing
 from dspy_prod.pipeline.clocks import _OrMoved
 from dspy_prod.pipeline.effects import Wait
+from dspy_prod.pipeline.upstream.workers import WORKERS
 from dspy_prod.runtime.clock import Moment
 from dspy_prod.runtime.reaper import REAPER
 from tests.fuzz import invariants
@@ -152,6 +153,7 @@ class Answers:
                 answer = self._loop.run_until_complete(_alisten(bench.lm, request, leaves))
             if answer == "left":
                 REAPER.flush()
+                _workers_end()
             return answer
         except (KeyboardInterrupt, SystemExit):
             raise
@@ -194,6 +196,15 @@ class Answers:
         (rule,) = bench.lm.pipeline.budgets
         store = bench.lm.pipeline.store
         return int(store.account(rule.account(EMPTY, bench.lm.model, CLOCK.time()).key).spent)
+
+
+def _workers_end() -> None:
+    """What nobody reads any more is settled when its worker has ended, which is to be soon."""
+    until = time.monotonic() + PATIENCE
+    while WORKERS.busy:
+        if time.monotonic() > until:
+            raise invariants.Violation("ends", "a worker reads on what nobody reads any more")
+        time.sleep(0.0005)
 
 
 def _listen(lm: Any, request: Request, leaves: int) -> Any:

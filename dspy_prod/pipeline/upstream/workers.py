@@ -116,6 +116,12 @@ class Workers:
         self._idle = 0
         self._count = 0
 
+    @property
+    def busy(self) -> int:
+        """How many are at work, whether anybody waits for them or not."""
+        with self._lock:
+            return self._count - self._idle
+
     def submit(self, function: Callable[[], T], job: Job[T] | None = None) -> Job[T]:
         """Run `function` in a worker, with the caller's context variables.
 
