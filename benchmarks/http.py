@@ -91,7 +91,7 @@ def _subjects(url: str, folder: str, callers: int, each: int) -> Iterator[dict[s
             process.kill()
 
 
-def tails(rounds: int = 20, callers: int = 128, each: int = 8) -> dict[str, float]:
+def tails(rounds: int = 40, callers: int = 128, each: int = 8) -> dict[str, float]:
     """Milliseconds of bare calls (median, p99), and the guarded ones' p99 by theirs; the cache misses.
 
     Args:
