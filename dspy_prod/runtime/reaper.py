@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import atexit
 import logging
-import sys
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
 from dspy_prod.runtime.forking import Stage, reset_after_fork
 from dspy_prod.runtime.threads import begin
+from dspy_prod.runtime.worker_processes import finish_with_worker
 
 _log = logging.getLogger("dspy_prod")
 
@@ -81,14 +81,8 @@ class Reaper:
         return flushed
 
     def _end_with_worker_process(self) -> None:
-        """A worker of multiprocessing leaves without `atexit`; its finalizers do this before stores end."""
-        process = sys.modules.get("multiprocessing.process")
-        if process is None or process.parent_process() is None or self._finalized:
-            return
-        from multiprocessing.util import Finalize
-
-        self._finalized = True
-        Finalize(None, self.finish, exitpriority=1)
+        if not self._finalized:
+            self._finalized = finish_with_worker(self.finish, priority=1)  # before stores end
 
     def _run(self) -> None:
         while True:

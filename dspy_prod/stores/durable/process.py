@@ -11,7 +11,6 @@ End: what was posted is written before the process goes, also by stores that nob
 from __future__ import annotations
 
 import atexit
-import sys
 import threading
 import time
 from typing import Final
@@ -19,6 +18,7 @@ from typing import Final
 from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.runtime.threads import begin
+from dspy_prod.runtime.worker_processes import finish_with_worker
 from dspy_prod.stores.durable.transactions import Transactions
 from dspy_prod.stores.durable.writer import Writer
 
@@ -78,14 +78,8 @@ class Threads:
             writer.run()
 
     def _end_with_worker_process(self) -> None:
-        """A forked worker of multiprocessing leaves by `os._exit`, without `atexit`; it has finalizers of its own."""
-        process = sys.modules.get("multiprocessing.process")
-        if process is None or process.parent_process() is None or self._finalized:
-            return
-        from multiprocessing.util import Finalize
-
-        self._finalized = True
-        Finalize(None, self.finish, exitpriority=0)
+        if not self._finalized:
+            self._finalized = finish_with_worker(self.finish, priority=0)
 
 
 THREADS: Final = Threads()
