@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 import dspy
+from dspy.utils.callback import BaseCallback
 
 import dspy_prod
 from benchmarks.world import World
@@ -25,7 +26,7 @@ from dspy_prod.optimize.supported import Traits
 BOUND_MS = 0.1
 
 
-class Nothing(dspy.utils.callback.BaseCallback):  # type: ignore[misc]
+class Nothing(BaseCallback):  # type: ignore[misc]
     """DSPy's own price of having two callbacks is not the camera's."""
 
 

@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
+from dspy.clients.backend_selection import CLIENT_KEYS
 from dspy.lm15 import Message, Response, TextPart, Usage
 from dspy.utils.callback import BaseCallback
 
@@ -130,13 +131,15 @@ class Stage(BaseCallback):
         settings = {**getattr(lm, "kwargs", {}), **kwargs}
         messages = settings.pop("messages", None) or settings.pop("prompt", None) or args
         n = settings.get("n") or 1
-        key = json.dumps([model_of(lm), messages, settings], default=str, sort_keys=True)
+        key = _told(lm, messages, settings)
+        # What is drawn depends on no address or key: the same forecast wherever it is asked for.
+        drawn = _told(lm, messages, {name: each for name, each in settings.items() if name not in CLIENT_KEYS})
         cached = self._caches(lm) and settings.get("cache", True) is not False
         with self._lock:
             texts = self._cache.get(key) if cached else None
         hit = texts is not None
         if texts is None:
-            texts = [self._text(lm, asked, key, position, args, kwargs) for position in range(n)]
+            texts = [self._text(lm, asked, drawn, position, args, kwargs) for position in range(n)]
             texts = [cut(text, settings.get("max_tokens")) for text in texts]
         with self._lock:
             if cached:
@@ -250,6 +253,10 @@ class Stage(BaseCallback):
         """A wrong answer in the place of a label: another example's."""
         others = [each[name] for each in self._labels.values() if name in each and each[name] != label]
         return others[int(share(self._seed, "other", key) * len(others))] if others else label
+
+
+def _told(lm: Any, messages: Any, settings: Mapping[str, Any]) -> str:
+    return json.dumps([model_of(lm), messages, settings], default=str, sort_keys=True)
 
 
 def _deciding(pilot: Pilot) -> set[Kind]:

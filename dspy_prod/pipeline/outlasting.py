@@ -112,7 +112,7 @@ def _wait(call: Call, runs: list[Run], upstreams: dict[str, str], until: float) 
         call.waited += now - started
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class _Silences:
     """Decided when one of the upstreams has answered a call of the run."""
 
@@ -124,13 +124,16 @@ class _Silences:
         self.wake = wake
         lasts = True
         for run in self.runs:
-            lasts = run.outages.enter(self.upstreams, wake) and lasts
+            lasts = run.outages.enter(self.upstreams, self) and lasts
         return lasts
 
-    def leave(self, now: float) -> None:
+    def tell(self) -> None:
         if self.wake is not None:
-            for run in self.runs:
-                run.outages.leave(self.upstreams, self.wake, now)
+            self.wake()
+
+    def leave(self, now: float) -> None:
+        for run in self.runs:
+            run.outages.leave(self.upstreams, self, now)
 
 
 def _silent(failures: Failures, raised: LMError) -> dict[Route, Exception]:

@@ -53,7 +53,7 @@ def go_on(runs: tuple[Run, ...]) -> None:
         run.check()
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class _OrToldOtherwise:
     """Decided when `what` is, or when a run is stopped or has other caps."""
 
@@ -63,21 +63,21 @@ class _OrToldOtherwise:
     told: bool = False
 
     def attach(self, wake: Callable[[], None]) -> bool:
-        def tell() -> None:
-            self.told = True
-            wake()
-
-        self.wake = tell
+        self.wake = wake
         goes_on = True
         for run in self.runs:
-            goes_on = run.watch(tell) and goes_on
+            goes_on = run.watch(self) and goes_on
         self.told = self.told or not goes_on
         return (self.what is None or self.what.attach(wake)) and goes_on
 
-    def leave(self) -> None:
+    def tell(self) -> None:
+        self.told = True
         if self.wake is not None:
-            for run in self.runs:
-                run.unwatch(self.wake)
+            self.wake()
+
+    def leave(self) -> None:
+        for run in self.runs:
+            run.unwatch(self)
 
 
 @dataclass(slots=True, eq=False)

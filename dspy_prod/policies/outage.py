@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Collection
 from typing import Final, NamedTuple
 
+from dspy_prod.policies.waiters import Waiter, Waiters
+
 FIRST_PAUSE: Final = 0.5
 """Seconds before the first new round through the routes; doubled with every round."""
 
@@ -24,17 +26,16 @@ class Silence:
     """That one upstream answers nothing.
 
     Attributes:
-        model: whose upstream it is. since: monotonic time of the first failure. waiting: calls that wait for its end.
+        model: whose upstream it is. since: monotonic time of the first failure. waiters: calls that wait for its end.
         left: when the latest call that met it gave up; told: whether its beginning has been told.
     """
 
-    __slots__ = ("left", "model", "since", "told", "waiting", "wakers")
+    __slots__ = ("left", "model", "since", "told", "waiters")
 
     def __init__(self, model: str, since: float) -> None:
         self.model, self.since, self.left = model, since, since
-        self.waiting = 0
         self.told = False
-        self.wakers: set[Callable[[], None]] = set()
+        self.waiters = Waiters()
 
 
 class Outage(NamedTuple):
@@ -73,7 +74,7 @@ class Outages:
     def models(self) -> tuple[str, ...]:
         """The models that the run's calls are waiting for right now."""
         with self._lock:
-            return tuple(dict.fromkeys(each.model for each in self._silent.values() if each.waiting))
+            return tuple(dict.fromkeys(each.model for each in self._silent.values() if each.waiters))
 
     def answered(self, upstream: str, now: float) -> float | None:
         """Note an answer, which ends the silence; how many seconds of it there were, if its beginning was told."""
@@ -82,8 +83,8 @@ class Outages:
             silence = self._silent.pop(upstream, None)
         if silence is None:
             return None
-        for wake in tuple(silence.wakers):
-            wake()
+        for each in silence.waiters.all():
+            each.tell()
         return now - silence.since if silence.told else None
 
     def failed(self, upstreams: dict[str, str], now: float) -> Outage:
@@ -96,7 +97,7 @@ class Outages:
             met = []
             for upstream, model in upstreams.items():
                 silence = self._silent.get(upstream)
-                if silence is None or (not silence.waiting and now - silence.left > self.patience):
+                if silence is None or (not silence.waiters and now - silence.left > self.patience):
                     silence = self._silent[upstream] = Silence(model, now)
                 silence.left = now
                 met.append(silence)
@@ -106,24 +107,21 @@ class Outages:
                 each.told = True
             return Outage(began, began + self.patience, tuple(dict.fromkeys(upstreams.values())), news)
 
-    def enter(self, upstreams: Collection[str], wake: Callable[[], None]) -> bool:
+    def enter(self, upstreams: Collection[str], waiter: Waiter) -> bool:
         """Wait for the end of a silence; False when one of them is over already."""
         with self._lock:
             silences = [self._silent.get(upstream) for upstream in upstreams]
             for each in silences:
                 if each is not None:
-                    each.waiting += 1
-                    each.wakers.add(wake)
+                    each.waiters.add(waiter)
             return None not in silences
 
-    def leave(self, upstreams: Collection[str], wake: Callable[[], None], now: float) -> None:
+    def leave(self, upstreams: Collection[str], waiter: Waiter, now: float) -> None:
         """Wait no longer."""
         with self._lock:
             for upstream in upstreams:
                 silence = self._silent.get(upstream)
-                if silence is not None and wake in silence.wakers:
-                    silence.wakers.discard(wake)
-                    silence.waiting -= 1
+                if silence is not None and silence.waiters.discard(waiter):
                     silence.left = max(silence.left, now)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import isfinite
 from typing import Any, Final, Literal, NamedTuple
 
@@ -17,6 +17,7 @@ from dspy_prod.errors import BudgetExceededError, ConfigError, OptionError, RunS
 from dspy_prod.options import Caps
 from dspy_prod.policies.answers import Answered, AnswerLog
 from dspy_prod.policies.outage import Outages
+from dspy_prod.policies.waiters import Waiter, Waiters
 from dspy_prod.privacy.outward import outward
 from dspy_prod.records import NANO
 from dspy_prod.runtime.clock import SYSTEM_CLOCK
@@ -124,7 +125,6 @@ class Run(Answered):
             )
         self.answers = AnswerLog(self.store, self.name) if keep_answers else None
         self._stopped: str | None = None
-        self._watchers: set[Callable[[], None]] = set()
         self._after_fork()
         reset_after_fork(self)
 
@@ -159,9 +159,9 @@ class Run(Answered):
                 raise ConfigError(f"Run: {new[0]}: this run does not count it; begin one with {new[0]}=...")
             now: dict[str, Any] = {name: getattr(self.caps, name) for name in DIMENSIONS}
             self.caps = _caps(**{**now, **given})
-            watchers = list(self._watchers)
-        for wake in watchers:
-            wake()
+            watchers = self._watchers.all()
+        for each in watchers:
+            each.tell()
 
     def used(self) -> Used:
         """What it has used so far.
@@ -231,9 +231,9 @@ class Run(Answered):
             if self._stopped is not None:
                 return
             self._stopped = reason
-            watchers, self._watchers = self._watchers, set()
-        for wake in watchers:
-            wake()
+            watchers = self._watchers.all()
+        for each in watchers:
+            each.tell()
         BUS.emit("run_stopped", SYSTEM_CLOCK.time(), run=self.name, reason=reason)
 
     def check(self) -> None:
@@ -248,17 +248,16 @@ class Run(Answered):
                 run=self.name,
             )
 
-    def watch(self, wake: Callable[[], None]) -> bool:
-        """Call `wake`, which must be idempotent, when it is stopped or its caps change; False when it is stopped."""
+    def watch(self, waiter: Waiter) -> bool:
+        """Tell it when the run is stopped or its caps change; False when it is stopped."""
         with self._lock:
             if self._stopped is None:
-                self._watchers.add(wake)
+                self._watchers.add(waiter)
             return self._stopped is None
 
-    def unwatch(self, wake: Callable[[], None]) -> None:
-        """Forget a `watch`."""
-        with self._lock:
-            self._watchers.discard(wake)
+    def unwatch(self, waiter: Waiter) -> None:
+        """Forget a `watch`; takes no lock, so that the garbage collector may."""
+        self._watchers.discard(waiter)
 
     def _counts(self, begins: bool) -> tuple[Dimension, ...]:
         """What it counts: what it caps, and what it was counted by before, so that no cap comes back too large.
@@ -280,7 +279,7 @@ class Run(Answered):
     def _after_fork(self) -> None:
         self.outages.after_fork()
         self._lock = threading.RLock()  # `stop` may be called by a signal handler
-        self._watchers = set()
+        self._watchers = Waiters()
 
 
 class Claim(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Any
 
 import dspy
 import pytest
+from dspy.utils import parallelizer
 from dspy.utils.callback import BaseCallback
 from dspy.utils.callback_context import ACTIVE_CALL_ID
 
@@ -148,11 +149,11 @@ def test_what_failed_is_named_as_dspy_names_it(caplog: pytest.LogCaptureFixture)
             raise RuntimeError("broken")
         return example.place, 1.0
 
-    dspy.utils.parallelizer.logger.addHandler(caplog.handler)
+    parallelizer.logger.addHandler(caplog.handler)
     try:
         results = executor.execute(ask, EXAMPLES)
     finally:
-        dspy.utils.parallelizer.logger.removeHandler(caplog.handler)
+        parallelizer.logger.removeHandler(caplog.handler)
         racing.HEATS.clear()
         ACTIVE_CALL_ID.reset(token)
     assert results == [(place, 1.0) if place != 7 else None for place in range(SIZE)]

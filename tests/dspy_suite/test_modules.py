@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import dspy
 import pytest
+from dspy.utils.exceptions import AdapterParseError
 from pydantic import BaseModel
 
 from dspy_prod.testing import Provider, Status
@@ -241,5 +242,5 @@ def test_a_stream_that_fails_raises(make: Make, provider: Provider) -> None:
 
 def test_an_answer_in_the_wrong_form_raises_its_own_error(make: Make, provider: Provider) -> None:
     provider.answer = "nothing of the sort"
-    with dspy.context(lm=make()), pytest.raises(dspy.utils.exceptions.AdapterParseError):
+    with dspy.context(lm=make()), pytest.raises(AdapterParseError):
         dspy.Predict("question -> answer")(question="?")

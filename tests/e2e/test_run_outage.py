@@ -249,7 +249,7 @@ def test_a_task_that_is_cancelled_waits_no_longer(serve: MakeProvider, connect: 
             with pytest.raises((asyncio.TimeoutError, TimeoutError)):
                 await asyncio.wait_for(lm.acall("a question"), 0.5)
         assert run.outages.models == ()
-        assert run._watchers == set()
+        assert not run._watchers
 
     asyncio.run(leave())
     assert_nothing_held(lm.pipeline.store)

@@ -112,7 +112,7 @@ def test_stopping_ends_every_wait_at_once(
     assert [type(each) for each in found] == [RunStoppedError] * 4
     assert "sends nothing more: enough" in str(found[0])
     assert len(provider.calls) == sent >= before
-    assert run._watchers == set()
+    assert not run._watchers
     assert run.used().held_usd == 0.0
     assert lm.pipeline.store.waiting() == 0
     with dspy_prod.call_context(run=run), pytest.raises(RunStoppedError):

@@ -7,6 +7,7 @@ from typing import Any
 
 import dspy
 import pytest
+from dspy.utils.exceptions import LMUnsupportedFeatureError
 
 import dspy_prod
 from dspy_prod.testing import ScriptedEngine
@@ -108,7 +109,7 @@ def test_an_engine_object_refuses_what_it_cannot_carry() -> None:
     with pytest.raises(dspy_prod.ConfigError, match="num_ctx"):
         dspy_prod.LM("any/model", engine=engine, num_ctx=1, store=fresh_memory())
     lm = dspy_prod.LM("any/model", engine=engine, store=fresh_memory())
-    with pytest.raises(dspy.utils.exceptions.LMUnsupportedFeatureError, match="num_ctx"):
+    with pytest.raises(LMUnsupportedFeatureError, match="num_ctx"):
         lm("q", num_ctx=1)
     with pytest.raises(ValueError, match="api_key"):
         lm("q", api_key="other")

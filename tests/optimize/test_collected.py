@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -26,6 +28,9 @@ EXAMPLES = 4
 
 @pytest.fixture(autouse=True)
 def _collected_by_hand() -> Iterator[None]:
+    """What thousands of tests before have left is not looked at: with it, fifty collections take a minute."""
+    gc.collect()
+    gc.freeze()
     gc.disable()
     yield
     gc.enable()
@@ -111,7 +116,9 @@ def run(world: World, store: str, optimizer: Any) -> Any:
     thread = threading.Thread(target=compile, daemon=True)
     thread.start()
     thread.join(60)
-    assert done, "it waits for itself"
+    if not done:
+        frame = sys._current_frames().get(thread.ident or 0)
+        pytest.fail("it waits for itself:\n" + "".join(traceback.format_stack(frame)))
     return done[0].optimization
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import dspy
 import pytest
 from dspy.teleprompt import Teleprompter
+from dspy.utils.callback import BaseCallback
 
 import dspy_prod
 from benchmarks.subjects import Subject, optimizers
@@ -184,12 +185,22 @@ def test_neither_the_optimizer_nor_the_program_is_changed(world: World) -> None:
     assert "answered" not in dspy_prod.LM.__call__.__qualname__
 
 
+def test_where_a_model_is_and_who_asks_changes_no_forecast() -> None:
+    """What was answered right was drawn by the address too, so that every server had a forecast of its own."""
+    found = []
+    for key in ("one", "another"):
+        with World(3, train=16, val=20, test=4, latency=0.0) as each:  # at a port of its own
+            case = Case(each, "InferRules", api_key=key)
+            found.append(case.forecast(case.pilot(), seeds=2))
+    assert (found[0].calls, found[0].usd) == (found[1].calls, found[1].usd)
+
+
 def test_callbacks_history_and_usage_see_nothing_of_it(world: World) -> None:
     case = Case(world)
     pilot = case.pilot()
     seen: list[Any] = []
 
-    class Watches(dspy.utils.callback.BaseCallback):
+    class Watches(BaseCallback):
         def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
             seen.append(instance)
 
