@@ -189,6 +189,7 @@ def test_a_file_of_an_earlier_release_is_opened_and_its_cached_answers_are_unlis
         for name in ("new", "changed", "moved", "gone"):
             connection.execute(f"DROP TRIGGER rollups_{name}")
         connection.execute("DROP TABLE rollups_ever")
+        connection.execute("DROP TABLE rollups_before")
         for name in ("saved_nano", "saved"):
             connection.execute(f"ALTER TABLE rollups DROP COLUMN {name}")
         for id, body in connection.execute("SELECT seq, body FROM hits").fetchall():

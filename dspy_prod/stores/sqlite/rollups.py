@@ -1,8 +1,9 @@
-"""Sums of the ledger: by day, and since it began.
+"""Sums of the ledger: by day, of what was before a day, and since the ledger began.
 
-The second are kept by triggers within the file, so that no writer can forget them: no process of an earlier release,
+The last two are kept by triggers within the file, so that no writer can forget them: no process of an earlier release,
 and no hand that corrects a day with UPDATE or DELETE. (SQLite tells triggers nothing of the row that INSERT OR REPLACE
-puts away.) Reading either takes no longer for the age of the ledger.
+puts away.) What a value sums up to since some day is what it does since the ledger began, less what was before the
+first of its days from then on: reading it takes no longer for the age of the ledger, nor for the days between.
 """
 
 from __future__ import annotations
@@ -30,25 +31,54 @@ CREATE TABLE IF NOT EXISTS rollups (
 """
 _EVER: Final = f"""
 CREATE TABLE rollups_ever (
-    ns INTEGER, dimension TEXT, value TEXT, {_COLUMNS},
-    PRIMARY KEY (ns, dimension, value)) WITHOUT ROWID
+    id INTEGER PRIMARY KEY, ns INTEGER NOT NULL, dimension TEXT NOT NULL, value TEXT NOT NULL, last_day TEXT NOT NULL,
+    {_COLUMNS}, UNIQUE (ns, dimension, value))
 """
-_OF_OLD: Final = "ns = OLD.ns AND dimension = OLD.dimension AND value = OLD.value"
-_MOVED: Final = "(OLD.ns, OLD.dimension, OLD.value) IS NOT (NEW.ns, NEW.dimension, NEW.value)"
+_BY_LAST_DAY: Final = "CREATE INDEX rollups_by_last_day ON rollups_ever (ns, dimension, last_day)"
+_BEFORE: Final = f"""
+CREATE TABLE rollups_before (id INTEGER, day TEXT, {_COLUMNS}, PRIMARY KEY (id, day)) WITHOUT ROWID
+"""
+
+
+def _all(each: str, **names: str) -> str:
+    """An expression for each of the sums, which it calls `{x}`."""
+    return ", ".join(each.format(x=name, **names) for name in Totals._fields)
+
+
+def _of(row: str) -> str:
+    return f"ns = {row}.ns AND dimension = {row}.dimension AND value = {row}.value"
+
+
+def _later_than(row: str) -> str:
+    return f"id = (SELECT id FROM rollups_ever WHERE {_of(row)}) AND day > {row}.day"
+
+
+_MOVED: Final = "(OLD.ns, OLD.day, OLD.dimension, OLD.value) IS NOT (NEW.ns, NEW.day, NEW.dimension, NEW.value)"
 _PUT: Final = f"""
-        INSERT INTO rollups_ever (ns, dimension, value, {TOTALS})
-        VALUES (NEW.ns, NEW.dimension, NEW.value, {", ".join(f"NEW.{name}" for name in Totals._fields)})
-        ON CONFLICT (ns, dimension, value) DO UPDATE SET {_ADDED};
+        INSERT INTO rollups_ever (ns, dimension, value, last_day) VALUES (NEW.ns, NEW.dimension, NEW.value, NEW.day)
+        ON CONFLICT (ns, dimension, value) DO UPDATE SET last_day = excluded.last_day
+        WHERE last_day < excluded.last_day;
+        INSERT INTO rollups_before (id, day, {TOTALS})
+        SELECT ever.id, NEW.day, {_all("coalesce(later.{x}, ever.{x})")}
+        FROM rollups_ever AS ever LEFT JOIN rollups_before AS later ON later.id = ever.id
+        AND later.day = (SELECT min(day) FROM rollups_before WHERE id = ever.id AND day > NEW.day)
+        WHERE {_of("NEW")};
+        UPDATE rollups_before SET {_all("{x} = {x} + NEW.{x}")} WHERE {_later_than("NEW")};
+        UPDATE rollups_ever SET {_all("{x} = {x} + NEW.{x}")} WHERE {_of("NEW")};
 """
 _TAKE: Final = f"""
-        UPDATE rollups_ever SET {", ".join(f"{name} = {name} - OLD.{name}" for name in Totals._fields)} WHERE {_OF_OLD};
-        DELETE FROM rollups_ever WHERE {_OF_OLD} AND attempts = 0 AND cached = 0;
+        UPDATE rollups_before SET {_all("{x} = {x} - OLD.{x}")} WHERE {_later_than("OLD")};
+        DELETE FROM rollups_before WHERE id = (SELECT id FROM rollups_ever WHERE {_of("OLD")}) AND day = OLD.day;
+        UPDATE rollups_ever SET {_all("{x} = {x} - OLD.{x}")},
+            last_day = coalesce((SELECT max(day) FROM rollups_before WHERE id = rollups_ever.id), '')
+        WHERE {_of("OLD")};
+        DELETE FROM rollups_ever WHERE {_of("OLD")} AND last_day = '';
 """
 _TRIGGERS: Final = {
     "rollups_new": f"AFTER INSERT ON rollups BEGIN {_PUT} END",
     "rollups_changed": f"""AFTER UPDATE ON rollups WHEN NOT ({_MOVED}) BEGIN
-        UPDATE rollups_ever SET {", ".join(f"{name} = {name} + NEW.{name} - OLD.{name}" for name in Totals._fields)}
-        WHERE {_OF_OLD};
+        UPDATE rollups_before SET {_all("{x} = {x} + NEW.{x} - OLD.{x}")} WHERE {_later_than("OLD")};
+        UPDATE rollups_ever SET {_all("{x} = {x} + NEW.{x} - OLD.{x}")} WHERE {_of("OLD")};
     END""",
     "rollups_moved": f"AFTER UPDATE ON rollups WHEN {_MOVED} BEGIN {_TAKE} {_PUT} END",
     "rollups_gone": f"AFTER DELETE ON rollups BEGIN {_TAKE} END",
@@ -66,17 +96,28 @@ def bring_up_to_date(connection: sqlite3.Connection) -> None:
     connection.execute(TABLE)
     lacking = _lacking(connection, "rollups")
     known = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE name GLOB 'rollups_*'")}
-    if not lacking and known >= {"rollups_ever", *_TRIGGERS} and not _lacking(connection, "rollups_ever"):
+    made = {"rollups_ever", "rollups_by_last_day", "rollups_before", *_TRIGGERS}
+    if known >= made and not any(
+        _lacking(connection, table) for table in ("rollups", "rollups_ever", "rollups_before")
+    ):
         return  # also where a later release has made them: it knows more
     for name in _TRIGGERS:
         connection.execute(f"DROP TRIGGER IF EXISTS {name}")
     for name in lacking:  # an earlier release goes on to write rows without it
         connection.execute(f"ALTER TABLE rollups ADD COLUMN {name} INTEGER NOT NULL DEFAULT 0")
-    connection.execute("DROP TABLE IF EXISTS rollups_ever")
-    connection.execute(_EVER)
+    for name in ("rollups_ever", "rollups_before"):
+        connection.execute(f"DROP TABLE IF EXISTS {name}")
+    for statement in (_EVER, _BY_LAST_DAY, _BEFORE):
+        connection.execute(statement)
     connection.execute(
-        f"INSERT INTO rollups_ever (ns, dimension, value, {TOTALS}) "
-        f"SELECT ns, dimension, value, {_SUMMED} FROM rollups GROUP BY ns, dimension, value"
+        f"INSERT INTO rollups_ever (ns, dimension, value, last_day, {TOTALS}) "
+        f"SELECT ns, dimension, value, max(day), {_SUMMED} FROM rollups GROUP BY ns, dimension, value"
+    )
+    earlier = "(PARTITION BY id ORDER BY day ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING)"
+    connection.execute(
+        f"INSERT INTO rollups_before (id, day, {TOTALS}) "
+        f"SELECT id, day, {_all('coalesce(sum(rollups.{x}) OVER {earlier}, 0)', earlier=earlier)} "
+        "FROM rollups JOIN rollups_ever USING (ns, dimension, value)"
     )
     for name, body in _TRIGGERS.items():
         connection.execute(f"CREATE TRIGGER {name} {body}")
@@ -100,6 +141,14 @@ def days_of(table: str) -> str:
 
 
 _DAYS: Final = days_of("rollups")
+
+
+_SINCE: Final = f"""
+    SELECT value, {_all("ever.{x} - early.{x} AS {x}")} FROM rollups_ever AS ever CROSS JOIN rollups_before AS early
+    WHERE ns = :ns AND dimension = :dimension AND last_day >= :day AND early.id = ever.id
+    AND early.day = (SELECT min(day) FROM rollups_before WHERE id = ever.id AND day >= :day)
+    ORDER BY cost_nano DESC, value LIMIT :most
+"""
 
 
 def read_totals(
@@ -141,11 +190,8 @@ def read_sums(
             (ns, *day, carried(dimension), most),
         ).fetchall()
     else:
-        rows = connection.execute(
-            f"{_DAYS} SELECT value, {_SUMMED} FROM days CROSS JOIN rollups WHERE rollups.ns = ?1 AND "
-            "rollups.day = days.day AND dimension = ?4 GROUP BY value ORDER BY sum(cost_nano) DESC, value LIMIT ?5",
-            (ns, since_day, "~", carried(dimension), most),
-        ).fetchall()
+        asked_of = {"ns": ns, "dimension": carried(dimension), "day": since_day, "most": most}
+        rows = connection.execute(_SINCE, asked_of).fetchall()
     return [(text_of(row[0]), totals) for row, totals in zip(rows, _totals([row[1:] for row in rows]), strict=True)]
 
 
