@@ -37,6 +37,8 @@ CROWDED: Final = 8_000.0
 """Calls a second of four processes on one file with 16 callers in each at least."""
 PAIRS: Final = {"one process, 256 in flight": 20_000.0, "one process, one thread, one by one": 10_000.0}
 """Durable admissions and settlements a second at least, on SQLite."""
+READ_US: Final = 5_000.0
+"""Any read of a ledger on SQLite at most, be it of a thousand rows or of a million."""
 TRACKED_US: Final = 200.0
 """CPU that tracking adds to a `Predict` on its caller's thread at most."""
 AWAY_MS: Final = 5.0
@@ -103,9 +105,9 @@ def missed_beside_peers(figures: Figures, quick: bool = False) -> list[str]:
     return _told(_beside_peers(figures), quick)
 
 
-def missed_by_the_ledger(rates: dict[str, float]) -> list[str]:
-    """The same of the rates of `python -m benchmarks.ledger`."""
-    return _told(_ledger(rates), quick=False)
+def missed_by_the_ledger(rates: dict[str, float], reads: dict[str, dict[str, float]]) -> list[str]:
+    """The same of `python -m benchmarks.ledger`: its rates, and what reads take by how large a ledger is."""
+    return _told([*_ledger(rates), *_reads(reads)], quick=False)
 
 
 def exit_code(violations: Collection[str]) -> int:
@@ -165,6 +167,12 @@ def _ledger(rates: dict[str, float]) -> Iterator[Bar]:
     )
     if alone and together:
         yield Bar("reserve + settle, four processes by one", together / alone, 1.0, " ×", least=True)
+
+
+def _reads(reads: dict[str, dict[str, float]]) -> Iterator[Bar]:
+    for size, times in reads.items():
+        for name, us in times.items():
+            yield Bar(f"reading {name.removesuffix('_us')}, {size}", us, READ_US, " µs")
 
 
 # -- beside the peers --------------------------------------------------------------------------------------------------

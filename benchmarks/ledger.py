@@ -242,7 +242,7 @@ def main() -> int:
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump(figures, file, indent=2)
-    return exit_code(missed_by_the_ledger(figures["pairs_per_second"]))
+    return exit_code(missed_by_the_ledger(figures["pairs_per_second"], figures["reads"]))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,11 @@ from dspy_prod.stores.sqlite.store import SqliteStore
 BATCH = 512
 
 
+def days_ago(days: int) -> str:
+    """The day (UTC) so many days ago."""
+    return time.strftime("%Y-%m-%d", time.gmtime(time.time() - 86_400 * days))
+
+
 def fill(store: SqliteStore, rows: int, days: int = 90) -> None:
     """Rows of `days` days up to now, with their sums, made by SQL."""
     store.close()
@@ -124,8 +129,7 @@ def read_times(rows: int, pair: Callable[[SqliteStore, int], None]) -> dict[str,
         store = SqliteStore(path)
         pair(store, 20)
         store.flush()
-        today = time.strftime("%Y-%m-%d", time.gmtime())
-        week = time.strftime("%Y-%m-%d", time.gmtime(time.time() - 6 * 86_400))
+        today, week = days_ago(0), days_ago(6)
         (row,) = store.totals(since_day=today)
         assert isinstance(row[2], Totals)
         assert row[2].cached
@@ -145,6 +149,8 @@ def read_times(rows: int, pair: Callable[[SqliteStore, int], None]) -> dict[str,
                 for name, bounds in (
                     ("today", {"since_day": today}),
                     ("a week", {"since_day": week}),
+                    ("a week, dearest 10", {"since_day": week, "most": 10}),
+                    ("80 days", {"since_day": days_ago(79)}),
                     ("90 days", {}),
                     ("90 days, dearest 10", {"most": 10}),
                 )

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.ledger import reserve, settle
-from benchmarks.ledger_reads import fill, fill_hits
+from benchmarks.ledger_reads import days_ago, fill, fill_hits
 from dspy_prod.options import RateLimit
 from dspy_prod.stores.base import GRANTED, Reservation
 from dspy_prod.stores.sqlite.store import SqliteStore
@@ -91,11 +91,14 @@ def measure(rows: int, tenants: int, in_flight: int, seconds: float) -> dict[str
         _tenants(SqliteStore(path), tenants)
         store = SqliteStore(path)
         held = _hold(store, in_flight)
-        today = time.strftime("%Y-%m-%d", time.gmtime())
+        today, week = days_ago(0), days_ago(6)
         month = "month/tenant|"
         reads: dict[str, Callable[[], object]] = {
             "costs today": lambda: store.totals(since_day=today),
             "costs by user today": lambda: store.sums(dimension="user", since_day=today),
+            "costs by user, a week": lambda: store.sums(dimension="user", since_day=week),
+            "costs by user, 80 days": lambda: store.sums(dimension="user", since_day=days_ago(79)),
+            "the dearest ten, a week": lambda: store.sums(dimension="user", since_day=week, most=10),
             "an account": lambda: store.account("month/tenant|t5|now"),
             "the dearest ten tenants": lambda: store.accounts(month, "|now", 10),
             "reservations": store.holds,

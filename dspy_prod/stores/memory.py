@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from math import inf
+from operator import add
 from typing import TYPE_CHECKING, Any
 
 from dspy_prod.options import Budget
@@ -196,11 +197,17 @@ class MemoryStore(Lane):
     def sums(
         self, *, dimension: str, since_day: str | None = None, most: int | None = None
     ) -> list[tuple[str, Totals]]:
-        found: dict[str, Totals] = {}
-        for _, value, totals in self.totals(dimension=dimension, since_day=since_day):
-            known = found.get(value)
-            found[value] = totals if known is None else known.plus(totals)
-        return sorted(found.items(), key=lambda each: (-each[1].cost_nano, each[0]))[:most]
+        with self._lock:
+            days = self._ledger.days(since_day, None)
+        found: dict[str, tuple[int, ...]] = {}
+        for day in days:
+            with self._lock:
+                sums = self._ledger.sums(day, dimension)
+            for value, some in sums.items():
+                known = found.get(value)
+                found[value] = some if known is None else tuple(map(add, known, some))
+        dearest = sorted(found.items(), key=lambda each: (-each[1][0], each[0]))[:most]
+        return [(value, Totals(*some)) for value, some in dearest]
 
     def unwritten(self) -> int:
         return 0

@@ -445,6 +445,10 @@ class CountingStore(MemoryStore):
         self.asked.append((since_day, until_day))
         return super().totals(dimension=dimension, since_day=since_day, until_day=until_day)
 
+    def sums(self, *, dimension: str, since_day: str | None = None, most: int | None = None) -> Any:
+        self.asked.append((since_day, None))
+        return super().sums(dimension=dimension, since_day=since_day, most=most)
+
     def records(self, **_: Any) -> Any:
         raise AssertionError("a summary reads sums, not records")
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from array import array
 from collections.abc import Iterable, Sequence
-from itertools import count
 from operator import itemgetter
 
+import numpy as np
 import orjson
 
 from dspy_prod.errors import StoreUnavailableError
@@ -46,17 +44,15 @@ def read_sums(
     if dimension == "all":
         found = [("", _added([totals for _, totals in days]))] if days else []
         return found[:most]
-    each = _values(connection, keys, carried(dimension), [day for day, _ in days])
-    costs: dict[str, int] = {}
-    for some in each:
-        for value, cost in zip(some.values, some.costs(), strict=True):
-            costs[value] = costs.get(value, 0) + cost
-    dearest = sorted(costs, key=lambda value: (-costs[value], value))[:most]
-    places = [dict(zip(some.values, count())) for some in each]
-    return [
-        (value, _added([some.at(place[value]) for some, place in zip(each, places, strict=True) if value in place]))
-        for value in dearest
-    ]
+    places: dict[str, int] = {}
+    added = np.zeros((0, len(Totals._fields)), np.int64)
+    for some in _values(connection, keys, carried(dimension), [day for day, _ in days]):
+        rows = [places.setdefault(value, len(places)) for value in some.values]
+        added.resize((len(places), added.shape[1]), refcheck=False)
+        added[rows] += some.numbers  # no day has a value twice
+    costs: list[int] = added[:, 0].tolist()
+    dearest = sorted(places, key=lambda value: (-costs[places[value]], value))[:most]
+    return [(value, Totals(*added[places[value]].tolist())) for value in dearest]
 
 
 def _added(each: Iterable[Sequence[int]]) -> Totals:
@@ -84,7 +80,7 @@ class _Values:
     """What one day has of a dimension: there may be thousands, of which few are shown.
 
     Attributes:
-        values: in the order of their places.
+        values: in the order of their places. numbers: the sums of each, a row of the fields of `Totals`.
     """
 
     def __init__(self, listed: bytes | None, packed: bytes | None) -> None:
@@ -93,18 +89,13 @@ class _Values:
         except ValueError as error:
             raise StoreUnavailableError("the sums of the ledger are damaged; begin a new namespace") from error
         size = len(self.values) * SUMS.size
-        self._numbers = array("q", (packed or b"")[:size].ljust(size, b"\0"))
-        if sys.byteorder == "little":
-            self._numbers.byteswap()
-
-    def costs(self) -> Sequence[int]:
-        """What each cost."""
-        return self._numbers[:: len(Totals._fields)]
+        packed = (packed or b"")[:size].ljust(size, b"\0")
+        self.numbers = np.frombuffer(packed, ">i8").reshape(len(self.values), len(Totals._fields))
 
     def at(self, place: int) -> Sequence[int]:
         """The sums of one."""
-        width = len(Totals._fields)
-        return self._numbers[place * width : (place + 1) * width]
+        found: list[int] = self.numbers[place].tolist()
+        return found
 
 
 def _of_one(

@@ -35,9 +35,11 @@ CREATE TABLE rollups_ever (
     {_COLUMNS}, UNIQUE (ns, dimension, value))
 """
 _BY_LAST_DAY: Final = "CREATE INDEX rollups_by_last_day ON rollups_ever (ns, dimension, last_day)"
+_BY_COST: Final = "CREATE INDEX rollups_by_cost ON rollups_ever (ns, dimension, cost_nano DESC, value)"
 _BEFORE: Final = f"""
-CREATE TABLE rollups_before (id INTEGER, day TEXT, {_COLUMNS}, PRIMARY KEY (id, day)) WITHOUT ROWID
+CREATE TABLE rollups_before (day TEXT, id INTEGER, {_COLUMNS}, PRIMARY KEY (day, id)) WITHOUT ROWID
 """
+_BY_ID: Final = "CREATE INDEX rollups_before_by_id ON rollups_before (id, day)"
 
 
 def _all(each: str, **names: str) -> str:
@@ -50,7 +52,7 @@ def _of(row: str) -> str:
 
 
 def _later_than(row: str) -> str:
-    return f"id = (SELECT id FROM rollups_ever WHERE {_of(row)}) AND day > {row}.day"
+    return f"id = (SELECT id FROM rollups_ever WHERE {_of(row)} AND last_day > {row}.day) AND day > {row}.day"
 
 
 _MOVED: Final = "(OLD.ns, OLD.day, OLD.dimension, OLD.value) IS NOT (NEW.ns, NEW.day, NEW.dimension, NEW.value)"
@@ -96,10 +98,8 @@ def bring_up_to_date(connection: sqlite3.Connection) -> None:
     connection.execute(TABLE)
     lacking = _lacking(connection, "rollups")
     known = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE name GLOB 'rollups_*'")}
-    made = {"rollups_ever", "rollups_by_last_day", "rollups_before", *_TRIGGERS}
-    if known >= made and not any(
-        _lacking(connection, table) for table in ("rollups", "rollups_ever", "rollups_before")
-    ):
+    whole = not any(_lacking(connection, table) for table in ("rollups", "rollups_ever", "rollups_before"))
+    if whole and known >= {"rollups_by_last_day", "rollups_by_cost", "rollups_before_by_id", *_TRIGGERS}:
         return  # also where a later release has made them: it knows more
     for name in _TRIGGERS:
         connection.execute(f"DROP TRIGGER IF EXISTS {name}")
@@ -107,7 +107,7 @@ def bring_up_to_date(connection: sqlite3.Connection) -> None:
         connection.execute(f"ALTER TABLE rollups ADD COLUMN {name} INTEGER NOT NULL DEFAULT 0")
     for name in ("rollups_ever", "rollups_before"):
         connection.execute(f"DROP TABLE IF EXISTS {name}")
-    for statement in (_EVER, _BY_LAST_DAY, _BEFORE):
+    for statement in (_EVER, _BY_LAST_DAY, _BY_COST, _BEFORE, _BY_ID):
         connection.execute(statement)
     connection.execute(
         f"INSERT INTO rollups_ever (ns, dimension, value, last_day, {TOTALS}) "
@@ -146,7 +146,8 @@ _DAYS: Final = days_of("rollups")
 _SINCE: Final = f"""
     SELECT value, {_all("ever.{x} - early.{x} AS {x}")} FROM rollups_ever AS ever CROSS JOIN rollups_before AS early
     WHERE ns = :ns AND dimension = :dimension AND last_day >= :day AND early.id = ever.id
-    AND early.day = (SELECT min(day) FROM rollups_before WHERE id = ever.id AND day >= :day)
+    AND early.day = coalesce((SELECT day FROM rollups_before WHERE day = :day AND id = ever.id),
+        (SELECT min(day) FROM rollups_before WHERE id = ever.id AND day > :day))
     ORDER BY cost_nano DESC, value LIMIT :most
 """
 
@@ -190,7 +191,7 @@ def read_sums(
             (ns, *day, carried(dimension), most),
         ).fetchall()
     else:
-        asked_of = {"ns": ns, "dimension": carried(dimension), "day": since_day, "most": most}
+        asked_of = {"ns": ns, "dimension": carried(dimension), "day": days[0][0], "most": most}
         rows = connection.execute(_SINCE, asked_of).fetchall()
     return [(text_of(row[0]), totals) for row, totals in zip(rows, _totals([row[1:] for row in rows]), strict=True)]
 
