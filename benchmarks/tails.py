@@ -29,8 +29,6 @@ from dspy_prod.options import RateLimit
 from dspy_prod.stores.base import GRANTED, Reservation
 from dspy_prod.stores.sqlite.store import SqliteStore
 
-BAR_MS = 5.0
-
 
 def _tenants(store: SqliteStore, count: int) -> None:
     """An account of this month for each tenant, and as many of a month that can be swept."""
