@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -37,7 +38,12 @@ class Waits(dspy.Module):
         return dspy.Prediction(answer=q)
 
     async def aforward(self, q: str) -> Any:
+        BEGUN.get().set()
         await asyncio.get_running_loop().create_future()
+
+
+BEGUN: ContextVar[asyncio.Event] = ContextVar("begun")
+"""Told when a program waits, however long it took to come there."""
 
 
 def leave(experiment: Any, unit: str) -> None:
@@ -48,8 +54,9 @@ def leave(experiment: Any, unit: str) -> None:
             await experiment.acall(q="1")
 
     async def begin() -> None:
+        BEGUN.set(asyncio.Event())
         asyncio.get_running_loop().create_task(call())
-        await asyncio.sleep(0.01)
+        await BEGUN.get().wait()
 
     loop = asyncio.new_event_loop()
     loop.run_until_complete(begin())
@@ -278,8 +285,13 @@ def ended(experiment: Any) -> Any:
 
 async def cancelled(experiment: Any, **context: Any) -> None:
     """Call, and leave."""
-    with dspy_prod.call_context(user="gone", **context), pytest.raises(asyncio.TimeoutError):
-        await asyncio.wait_for(experiment.acall(q="1"), 0.01)
+    BEGUN.set(asyncio.Event())
+    with dspy_prod.call_context(user="gone", **context):
+        task = asyncio.ensure_future(experiment.acall(q="1"))
+    await BEGUN.get().wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
 
 
 def use(monkeypatch: pytest.MonkeyPatch, reaper: Reaper) -> None:

@@ -14,8 +14,14 @@ ONE = {"one": "openai/one"}
 BOTH = {"one": "openai/one", "two": "openai/two"}
 
 
-def ignore() -> None:
-    """Somebody who waits and is woken."""
+class Waiting:
+    """Somebody who waits, and how often it was woken."""
+
+    def __init__(self) -> None:
+        self.woken = 0
+
+    def tell(self) -> None:
+        self.woken += 1
 
 
 def test_it_lasts_from_the_first_failure_until_an_answer() -> None:
@@ -47,13 +53,13 @@ def test_the_answer_of_one_upstream_says_nothing_of_another() -> None:
 
 
 def test_who_waits_is_woken_by_an_answer_and_nobody_waits_for_what_is_over() -> None:
-    outages, woken = Outages(120), []
+    outages, waiting = Outages(120), Waiting()
     outages.failed(BOTH, 1000.0)
-    assert outages.enter(BOTH, lambda: woken.append("a"))
+    assert outages.enter(BOTH, waiting)
     assert outages.models == ("openai/one", "openai/two")
     outages.answered("two", 1001.0)
-    assert woken == ["a"]
-    assert not outages.enter(BOTH, ignore)
+    assert waiting.woken == 1
+    assert not outages.enter(BOTH, Waiting())
 
 
 def test_a_silence_that_nobody_hears_begins_anew() -> None:
@@ -66,11 +72,11 @@ def test_a_silence_that_nobody_hears_begins_anew() -> None:
 
 
 def test_while_somebody_waits_it_does_not_begin_anew() -> None:
-    outages = Outages(5)
+    outages, waiting = Outages(5), Waiting()
     outages.failed(ONE, 1000.0)
-    outages.enter(ONE, ignore)
+    outages.enter(ONE, waiting)
     assert outages.failed(ONE, 1060.0).began == 1000.0
-    outages.leave(ONE, ignore, 1061.0)
+    outages.leave(ONE, waiting, 1061.0)
     assert outages.models == ()
     assert outages.failed(ONE, 1065.0).began == 1000.0
     assert outages.failed(ONE, 1071.0).began == 1071.0
