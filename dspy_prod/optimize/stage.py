@@ -27,6 +27,7 @@ from dspy_prod.optimize.invented import UNKNOWN, cut, made_up, share, varied, wo
 from dspy_prod.optimize.pilot import Answer, Kind, Measured, Pilot, Played, chars_of, key_of, kind_of, model_of
 from dspy_prod.optimize.samples import Samples
 from dspy_prod.pricing.rates import Rates
+from dspy_prod.privacy.names import is_secret
 
 ALIKE: Final = 0.5
 """How much prompts and rollouts agree on which examples are hard: 0 is chance, 1 would be the same ones always."""
@@ -133,7 +134,8 @@ class Stage(BaseCallback):
         n = settings.get("n") or 1
         key = _told(lm, messages, settings)
         # What is drawn depends on no address or key: the same forecast wherever it is asked for.
-        drawn = _told(lm, messages, {name: each for name, each in settings.items() if name not in CLIENT_KEYS})
+        said = {name: each for name, each in settings.items() if name not in CLIENT_KEYS and not is_secret(name)}
+        drawn = _told(lm, messages, said)
         cached = self._caches(lm) and settings.get("cache", True) is not False
         with self._lock:
             texts = self._cache.get(key) if cached else None

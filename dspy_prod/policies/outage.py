@@ -69,6 +69,8 @@ class Outages:
     def after_fork(self) -> None:
         """In a forked child: a lock nobody holds."""
         self._lock = threading.RLock()  # whoever stops a run from a signal handler wakes those who wait
+        for each in self._silent.values():
+            each.waiters = Waiters()  # they wait in the parent
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -118,11 +120,10 @@ class Outages:
 
     def leave(self, upstreams: Collection[str], waiter: Waiter, now: float) -> None:
         """Wait no longer."""
-        with self._lock:
-            for upstream in upstreams:
-                silence = self._silent.get(upstream)
-                if silence is not None and silence.waiters.discard(waiter):
-                    silence.left = max(silence.left, now)
+        for upstream in upstreams:  # without the lock: the garbage collector comes here too, from wherever
+            silence = self._silent.get(upstream)
+            if silence is not None and silence.waiters.discard(waiter):
+                silence.left = max(silence.left, now)
 
 
 def pause(number: int, hints: list[float | None], random: Callable[[], float]) -> float:

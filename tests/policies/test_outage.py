@@ -82,6 +82,16 @@ def test_while_somebody_waits_it_does_not_begin_anew() -> None:
     assert outages.failed(ONE, 1071.0).began == 1071.0
 
 
+def test_who_waits_in_the_parent_does_not_in_a_forked_child() -> None:
+    """Its first call, however late, was told that the run's patience was over."""
+    outages, waiting = Outages(5), Waiting()
+    outages.failed(ONE, 1000.0)
+    outages.enter(ONE, waiting)
+    outages.after_fork()
+    assert outages.models == ()
+    assert outages.failed(ONE, 1060.0).began == 1060.0
+
+
 @pytest.mark.parametrize(("number", "low", "high"), [(1, 0.25, 0.5), (2, 0.5, 1.0), (5, 4.0, 8.0), (9999, 5.0, 10.0)])
 def test_pauses_double_up_to_ten_seconds_with_half_of_them_jitter(number: int, low: float, high: float) -> None:
     assert pause(number, [None], lambda: 0.0) == low

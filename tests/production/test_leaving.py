@@ -61,7 +61,8 @@ def leave(program: Any) -> None:
 
     async def begin() -> None:
         asyncio.get_running_loop().create_task(program.acall(question="q"))
-        await asyncio.sleep(0.01)
+        for _ in range(20):  # as many turns of the loop, however slow the first is
+            await asyncio.sleep(0.001)
 
     loop = asyncio.new_event_loop()
     loop.run_until_complete(begin())

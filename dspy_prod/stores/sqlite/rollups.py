@@ -3,7 +3,9 @@
 The last two are kept by triggers within the file, so that no writer can forget them: no process of an earlier release,
 and no hand that corrects a day with UPDATE or DELETE. (SQLite tells triggers nothing of the row that INSERT OR REPLACE
 puts away.) What a value sums up to since some day is what it does since the ledger began, less what was before the
-first of its days from then on: reading it takes no longer for the age of the ledger, nor for the days between.
+first of its days from then on: reading it takes no longer for the age of the ledger, nor for the days between. A file
+that had days before there was this lacks it for those (to make it takes seconds, in which nobody else could write), so
+what begins among them is added up.
 """
 
 from __future__ import annotations
@@ -39,12 +41,14 @@ _BY_COST: Final = "CREATE INDEX rollups_by_cost ON rollups_ever (ns, dimension, 
 _BEFORE: Final = f"""
 CREATE TABLE rollups_before (day TEXT, id INTEGER, {_COLUMNS}, PRIMARY KEY (day, id)) WITHOUT ROWID
 """
+_LACKING: Final = "rollups_before_lacking"
+"""In `meta`: the last day of which `rollups_before` may lack rows, or have wrong ones; "" where there is none."""
 _BY_ID: Final = "CREATE INDEX rollups_before_by_id ON rollups_before (id, day)"
 
 
-def _all(each: str, **names: str) -> str:
+def _all(each: str) -> str:
     """An expression for each of the sums, which it calls `{x}`."""
-    return ", ".join(each.format(x=name, **names) for name in Totals._fields)
+    return ", ".join(each.format(x=name) for name in Totals._fields)
 
 
 def _of(row: str) -> str:
@@ -71,10 +75,9 @@ _PUT: Final = f"""
 _TAKE: Final = f"""
         UPDATE rollups_before SET {_all("{x} = {x} - OLD.{x}")} WHERE {_later_than("OLD")};
         DELETE FROM rollups_before WHERE id = (SELECT id FROM rollups_ever WHERE {_of("OLD")}) AND day = OLD.day;
-        UPDATE rollups_ever SET {_all("{x} = {x} - OLD.{x}")},
-            last_day = coalesce((SELECT max(day) FROM rollups_before WHERE id = rollups_ever.id), '')
-        WHERE {_of("OLD")};
-        DELETE FROM rollups_ever WHERE {_of("OLD")} AND last_day = '';
+        UPDATE rollups_ever SET {_all("{x} = {x} - OLD.{x}")} WHERE {_of("OLD")};
+        DELETE FROM rollups_ever WHERE {_of("OLD")} AND attempts = 0 AND cached = 0
+        AND NOT EXISTS (SELECT 1 FROM rollups_before WHERE id = rollups_ever.id);
 """
 _TRIGGERS: Final = {
     "rollups_new": f"AFTER INSERT ON rollups BEGIN {_PUT} END",
@@ -113,11 +116,8 @@ def bring_up_to_date(connection: sqlite3.Connection) -> None:
         f"INSERT INTO rollups_ever (ns, dimension, value, last_day, {TOTALS}) "
         f"SELECT ns, dimension, value, max(day), {_SUMMED} FROM rollups GROUP BY ns, dimension, value"
     )
-    earlier = "(PARTITION BY id ORDER BY day ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING)"
     connection.execute(
-        f"INSERT INTO rollups_before (id, day, {TOTALS}) "
-        f"SELECT id, day, {_all('coalesce(sum(rollups.{x}) OVER {earlier}, 0)', earlier=earlier)} "
-        "FROM rollups JOIN rollups_ever USING (ns, dimension, value)"
+        "INSERT OR REPLACE INTO meta (key, value) SELECT ?, coalesce(max(last_day), '') FROM rollups_ever", (_LACKING,)
     )
     for name, body in _TRIGGERS.items():
         connection.execute(f"CREATE TRIGGER {name} {body}")
@@ -149,6 +149,13 @@ _SINCE: Final = f"""
     AND early.day = coalesce((SELECT day FROM rollups_before WHERE day = :day AND id = ever.id),
         (SELECT min(day) FROM rollups_before WHERE id = ever.id AND day > :day))
     ORDER BY cost_nano DESC, value LIMIT :most
+"""
+
+
+_ADDED_UP: Final = f"""
+    {_DAYS} SELECT value, {_SUMMED} FROM days CROSS JOIN rollups
+    WHERE rollups.ns = ?1 AND rollups.day = days.day AND dimension = ?4
+    GROUP BY value ORDER BY sum(cost_nano) DESC, value LIMIT ?5
 """
 
 
@@ -190,10 +197,17 @@ def read_sums(
             f"SELECT value, {TOTALS} {asked} ORDER BY cost_nano DESC, value LIMIT ?",
             (ns, *day, carried(dimension), most),
         ).fetchall()
-    else:
+    elif days[0][0] > _lacking_until(connection):
         asked_of = {"ns": ns, "dimension": carried(dimension), "day": days[0][0], "most": most}
         rows = connection.execute(_SINCE, asked_of).fetchall()
+    else:
+        rows = connection.execute(_ADDED_UP, (ns, since_day, "~", carried(dimension), most)).fetchall()
     return [(text_of(row[0]), totals) for row, totals in zip(rows, _totals([row[1:] for row in rows]), strict=True)]
+
+
+def _lacking_until(connection: sqlite3.Connection) -> str:
+    found = connection.execute("SELECT value FROM meta WHERE key = ?", (_LACKING,)).fetchone()
+    return "" if found is None else str(found[0])
 
 
 def _has_before(connection: sqlite3.Connection, ns: int, day: str) -> bool:

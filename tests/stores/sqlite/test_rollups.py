@@ -6,10 +6,12 @@ import contextlib
 import random
 import sqlite3
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from dspy_prod.records import Totals
+from dspy_prod.stores.sqlite import rollups
 from dspy_prod.stores.sqlite.store import SqliteStore
 from tests.stores.sqlite.test_hits import hit
 from tests.stores.support import CENT, DAY, record
@@ -105,27 +107,95 @@ def test_a_file_of_an_earlier_release_has_them_and_that_release_goes_on(store: S
         agrees(later)
 
 
-def test_a_file_without_what_was_before_each_day_gets_it(store: SqliteStore, path: str) -> None:
-    """There were sums since the ledger began before there were those."""
+def as_it_was(connection: sqlite3.Connection) -> None:
+    """Take away what is kept of before each day: there were sums since the ledger began before there were those."""
+    names = list(Totals._fields)
+    for name in ("new", "changed", "moved", "gone"):
+        connection.execute(f"DROP TRIGGER rollups_{name}")
+    for table in ("rollups_before", "rollups_ever"):
+        connection.execute(f"DROP TABLE {table}")
+    connection.execute("DELETE FROM meta WHERE key NOT IN ('format', 'schema')")
+    connection.execute(
+        f"CREATE TABLE rollups_ever (ns INTEGER, dimension TEXT, value TEXT, {' INTEGER, '.join(names)} INTEGER, "
+        "PRIMARY KEY (ns, dimension, value)) WITHOUT ROWID"
+    )
+    connection.execute(
+        f"INSERT INTO rollups_ever SELECT ns, dimension, value, {', '.join(f'sum({each})' for each in names)} "
+        "FROM rollups GROUP BY ns, dimension, value"
+    )
+    put = (
+        f"INSERT INTO rollups_ever VALUES (NEW.ns, NEW.dimension, NEW.value, {', '.join(f'NEW.{x}' for x in names)}) "
+        f"ON CONFLICT DO UPDATE SET {', '.join(f'{x} = {x} + excluded.{x}' for x in names)};"
+    )
+    take = (
+        f"UPDATE rollups_ever SET {', '.join(f'{x} = {x} - OLD.{x}' for x in names)} "
+        "WHERE ns = OLD.ns AND dimension = OLD.dimension AND value = OLD.value;"
+    )
+    for name, body in {
+        "new": f"AFTER INSERT ON rollups BEGIN {put} END",
+        "changed": f"AFTER UPDATE ON rollups WHEN NEW.value IS OLD.value BEGIN {take} {put} END",
+        "moved": f"AFTER UPDATE ON rollups WHEN NEW.value IS NOT OLD.value BEGIN {take} {put} END",
+        "gone": f"AFTER DELETE ON rollups BEGIN {take} END",
+    }.items():
+        connection.execute(f"CREATE TRIGGER rollups_{name} {body}")
+
+
+def uses_what_was_before(store: SqliteStore, since: str) -> bool:
+    asked: list[str] = []
+    store._read(lambda connection, _: connection.set_trace_callback(asked.append))
+    store.sums(dimension="user", since_day=since)
+    store._read(lambda connection, _: connection.set_trace_callback(None))
+    return any("rollups_before AS early" in statement for statement in asked)
+
+
+def test_a_file_without_what_was_before_each_day_has_it_of_later_days(store: SqliteStore, path: str) -> None:
+    """To make it for all days would keep everybody else from writing, for seconds."""
     for number in range(30):
         who = "ann" if number % 3 else "bob"
         store.append(record(user=who, cost_nano=number, started_at=DAY - 86_400 * (number % 7)))
     store.close()
     with by_hand(path) as connection:
-        for name in ("new", "changed", "moved", "gone"):
-            connection.execute(f"DROP TRIGGER rollups_{name}")
-        connection.execute("DROP TABLE rollups_before")
-        connection.execute("DROP TABLE rollups_ever")
-        names = ", ".join(Totals._fields)
-        connection.execute(
-            f"CREATE TABLE rollups_ever (ns INTEGER, dimension TEXT, value TEXT, {names}, "
-            "PRIMARY KEY (ns, dimension, value)) WITHOUT ROWID"
-        )
-        connection.execute("CREATE TRIGGER rollups_new AFTER INSERT ON rollups BEGIN DELETE FROM rollups_ever; END")
+        as_it_was(connection)
+        connection.execute(EARLIER_ADDS, ("2025-11-19", "eve", 7))
+    rng = random.Random(1)
     with contextlib.closing(SqliteStore(path)) as again:
         agrees(again)
-        again.append(record(user="ann", cost_nano=5, started_at=DAY - 86_400 * 9))
+        for number in range(60):
+            at = DAY + 86_400 * rng.randrange(-9, 5)
+            again.append(record(user=rng.choice(("ann", "bob", "eve", "new")), cost_nano=number, started_at=at))
         agrees(again)
+        days = sorted({day for day, _, _ in again.totals()})
+        (last,) = [day for day in days if day == "2025-11-23"]
+        assert [uses_what_was_before(again, day) for day in days[1:-1]] == [day > last for day in days[1:-1]]
+        with by_hand(path) as connection:
+            for _ in range(60):
+                moved = (rng.choice(days), rng.choice(("ann", "eve")), rng.choice(days), rng.choice(("ann", "bob")))
+                where = "dimension = 'user' AND day = ? AND value = ?"
+                connection.execute(f"UPDATE OR IGNORE rollups SET day = ?, value = ? WHERE {where}", moved)
+                connection.execute("DELETE FROM rollups WHERE day = ? AND value = ?", (rng.choice(days), "new"))
+                connection.execute(EARLIER_ADDS, (rng.choice(days), "bob", 5))
+        agrees(again)
+    with contextlib.closing(SqliteStore(path)) as later:
+        agrees(later)
+
+
+def test_bringing_a_file_up_to_date_takes_as_long_as_it_has_rows(tmp_path: Path) -> None:
+    """With a thousand users of ninety days it kept everybody else from writing for ten seconds."""
+    steps: list[list[int]] = []
+    for values in (50, 500):
+        path = str(tmp_path / f"{values}.db")
+        SqliteStore(path).close()
+        with by_hand(path) as connection:
+            connection.execute("BEGIN")
+            for number in range(values):
+                for day in range(10, 20):
+                    connection.execute(EARLIER_ADDS, (f"2025-11-{day}", f"u{number}", 1))
+            as_it_was(connection)
+            connection.execute("COMMIT")
+            steps.append(taken := [])
+            connection.set_progress_handler(lambda taken=taken: taken.append(1), 10)  # type: ignore[misc]
+            rollups.bring_up_to_date(connection)
+    assert len(steps[1]) < 15 * len(steps[0])
 
 
 def test_a_later_release_may_keep_more_of_them(store: SqliteStore, path: str) -> None:
