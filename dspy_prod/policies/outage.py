@@ -122,8 +122,9 @@ class Outages:
         """Wait no longer."""
         for upstream in upstreams:  # without the lock: the garbage collector comes here too, from wherever
             silence = self._silent.get(upstream)
-            if silence is not None and silence.waiters.discard(waiter):
-                silence.left = max(silence.left, now)
+            if silence is not None and waiter in silence.waiters:
+                silence.left = max(silence.left, now)  # first: it is heard until then
+                silence.waiters.discard(waiter)
 
 
 def pause(number: int, hints: list[float | None], random: Callable[[], float]) -> float:

@@ -31,9 +31,12 @@ class Waiters:
         """Tell it from now on, for as long as it is held elsewhere."""
         self._refs[id(waiter)] = ref(waiter)
 
-    def discard(self, waiter: Waiter) -> bool:
-        """Tell it no more; whether it was to be told. Each does so before it goes, else its number is another's."""
-        return self._refs.pop(id(waiter), None) is not None
+    def __contains__(self, waiter: Waiter) -> bool:
+        return id(waiter) in self._refs
+
+    def discard(self, waiter: Waiter) -> None:
+        """Tell it no more. Each does so before it goes, else its number is another's."""
+        self._refs.pop(id(waiter), None)
 
     def all(self) -> list[Waiter]:
         """Those that are there."""

@@ -7,6 +7,7 @@ import gc
 import sys
 import threading
 import traceback
+import weakref
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -28,23 +29,28 @@ EXAMPLES = 4
 
 @pytest.fixture(autouse=True)
 def _collected_by_hand() -> Iterator[None]:
-    """What thousands of tests before have left is not looked at: with it, fifty collections take a minute."""
-    gc.collect()
-    gc.freeze()
     gc.disable()
+    LEFT.clear()
     yield
     gc.enable()
 
 
+LEFT: list[weakref.ref[asyncio.Task[Any]]] = []
+"""Calls that were left."""
+
+
 class Collecting:
-    """A lock under which the garbage collector comes by, as it may wherever something is allocated."""
+    """A lock under which the garbage collector comes by, as it may wherever something is allocated.
+
+    It does while there is a call to collect: it looks at what thousands of tests have left, too, and takes its time.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
 
     def acquire(self, blocking: bool = True) -> bool:
         taken = self._lock.acquire(blocking)
-        if taken:
+        if taken and any(task() is not None for task in LEFT):
             gc.collect()
         return taken
 
@@ -65,6 +71,7 @@ def left(call: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.ensure_future(call)
         await asyncio.sleep(0)
         task._log_destroy_pending = False  # type: ignore[attr-defined]
+        LEFT.append(weakref.ref(task))
         cycle: list[Any] = [task]
         cycle.append(cycle)
 
@@ -115,7 +122,7 @@ def run(world: World, store: str, optimizer: Any) -> Any:
 
     thread = threading.Thread(target=compile, daemon=True)
     thread.start()
-    thread.join(60)
+    thread.join(120)
     if not done:
         frame = sys._current_frames().get(thread.ident or 0)
         pytest.fail("it waits for itself:\n" + "".join(traceback.format_stack(frame)))
