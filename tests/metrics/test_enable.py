@@ -249,6 +249,7 @@ def test_a_scrape_is_quick_while_calls_are_made(reader: InMemoryMetricReader, pr
     """Whoever collects waits for no call, and no call for it."""
     dspy_prod.metrics.enable(provider)
     lm = make_lm()
+    lm("hi")  # the first one imports much
     done = threading.Event()
 
     def call() -> None:
@@ -266,7 +267,7 @@ def test_a_scrape_is_quick_while_calls_are_made(reader: InMemoryMetricReader, pr
         done.set()
         thread.join()
     assert counts == sorted(counts)
-    assert counts[-1] > 0
+    assert counts[-1] > 1
 
 
 @pytest.mark.parametrize(
