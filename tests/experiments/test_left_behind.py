@@ -22,6 +22,7 @@ from dspy_prod.experiments import turn
 from dspy_prod.runtime.reaper import REAPER, Reaper
 from dspy_prod.stores.durable import posting
 from dspy_prod.stores.memory import MemoryStore
+from dspy_prod.stores.opening import default_namespace, open_store
 from dspy_prod.stores.trials import Ended
 from tests.integration.support import Caller
 from tests.interrupts import interrupted
@@ -74,11 +75,14 @@ def test_a_call_that_is_collected_as_its_thread_posts_another_holds_nothing_up(
     gc.disable()
     try:
         leave(experiment, "gone")
+        assert open_store(f"sqlite:///{tmp_path}/state.db", default_namespace()).flush(10)  # what comes now is no part of its batch
+        batches: list[Any] = []
 
         class Collected(posting._Batch[Any]):
             def __init__(self, post: Any) -> None:
                 gc.collect()
                 super().__init__(post)
+                batches.append(self)
 
         monkeypatch.setattr(posting, "_Batch", Collected)
 
@@ -87,10 +91,12 @@ def test_a_call_that_is_collected_as_its_thread_posts_another_holds_nothing_up(
                 return str(experiment(q="1").answer)
 
         assert Caller(ask).outcome(10) == "1"
+        assert batches
     finally:
         gc.enable()
     assert REAPER.flush(10)
-    assert sum(ended.abandoned for ended in experiment.scorecard().calls.values()) == 1
+    found = experiment.scorecard().calls
+    assert sum(ended.abandoned for ended in found.values()) == 1, found
 
 
 @pytest.mark.parametrize("fallback", [None, {"answer": "sorry"}, lambda q: {"answer": "sorry"}])
