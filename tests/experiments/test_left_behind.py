@@ -75,7 +75,8 @@ def test_a_call_that_is_collected_as_its_thread_posts_another_holds_nothing_up(
     gc.disable()
     try:
         leave(experiment, "gone")
-        assert open_store(f"sqlite:///{tmp_path}/state.db", default_namespace()).flush(10)  # what comes now is no part of its batch
+        store = open_store(f"sqlite:///{tmp_path}/state.db", default_namespace())
+        assert store.flush(10)  # what comes now is no part of its batch
         batches: list[Any] = []
 
         class Collected(posting._Batch[Any]):
