@@ -22,7 +22,7 @@ class Waiters:
     """Those that wait; any thread may change them."""
 
     def __init__(self) -> None:
-        self._refs: dict[int, ref[Waiter]] = {}  # by what a reference tells also once its object is being collected
+        self._refs: dict[int, ref[Waiter]] = {}  # by id: once its object is being collected, no reference equals another
 
     def __len__(self) -> int:
         return len(self._refs)
