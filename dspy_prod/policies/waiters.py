@@ -22,7 +22,7 @@ class Waiters:
     """Those that wait; any thread may change them."""
 
     def __init__(self) -> None:
-        self._refs: dict[int, ref[Waiter]] = {}  # by id: once its object is being collected, no reference equals another
+        self._refs: dict[int, ref[Waiter]] = {}  # by id: a reference whose object is being collected equals no other
 
     def __len__(self) -> int:
         return len(self._refs)
