@@ -50,7 +50,7 @@ class Folding:
     def due(self, now: float) -> list[Notice]:
         """What was held back in windows that have ended, each with how often it happened."""
         found = []
-        for key, window in list(self._windows.items()):
+        for key, window in self._windows.copy().items():
             if now < window.ends:
                 continue
             del self._windows[key]

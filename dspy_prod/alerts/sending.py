@@ -21,6 +21,7 @@ from dspy_prod.alerts.notices import Notice, kind_of, notice_of
 from dspy_prod.alerts.posting import post
 from dspy_prod.privacy.unshown import unshown
 from dspy_prod.runtime.forking import Stage, reset_after_fork
+from dspy_prod.runtime.living import members
 from dspy_prod.runtime.threads import begin
 from dspy_prod.telemetry.events import BUS, Event
 
@@ -262,7 +263,7 @@ _OPEN: Final[weakref.WeakSet[Webhook]] = weakref.WeakSet()
 
 def _at_exit() -> None:
     """Side by side, so that the end of the program waits for the slowest and not for all."""
-    webhooks = list(_OPEN)
+    webhooks = members(_OPEN)
     for each in webhooks:
         each.hurry()
     began = time.monotonic()

@@ -37,7 +37,7 @@ def leave_to_the_parent() -> None:
     if executor is not None:
         _ABANDONED.append(dict(vars(executor)))
         executor.__init__(executor._max_workers, executor._max_pending_tasks)
-    for name, module in list(sys.modules.items()):
+    for name, module in sys.modules.copy().items():
         if name.partition(".")[0] == "litellm" and module is not None:
             for value in list(vars(module).values()):
                 _free(value)

@@ -133,15 +133,15 @@ class _Installed:
         self._lock = threading.Lock()
         self._open = 0
         self._filter = _Filter()
-        self._filtered: list[logging.Handler | logging.Logger] = []
+        self._filtered: list[logging.Filterer] = []
         self._printing: list[ModuleType] = []
         self._drawing: list[tuple[ModuleType, Any, Any]] = []
 
     def enter(self) -> None:
         with self._lock:
-            self._open += 1
-            if self._open == 1:
+            if self._open == 0:
                 self._put()
+            self._open += 1
 
     def leave(self) -> None:
         with self._lock:
@@ -150,25 +150,32 @@ class _Installed:
                 self._take_back()
 
     def _put(self) -> None:
+        try:
+            self._silence()
+        except BaseException:  # what was put stays nobody's otherwise, and the next block finds it half done
+            self._take_back()
+            raise
+
+    def _silence(self) -> None:
         own = [each for each in logging.getLogger("dspy").handlers if each.get_name() == "dspy_handler"]
-        self._filtered = [*own, *map(logging.getLogger, _LOGGERS)]
-        for place in self._filtered:
+        for place in (*own, *map(logging.getLogger, _LOGGERS)):
+            self._filtered.append(place)
             place.addFilter(self._filter)
-        for name, module in list(sys.modules.items()):
+        for name, module in sys.modules.copy().items():
             if (
                 name.startswith((*_PRINTING, _FOR_OPTIMIZERS))
                 and isinstance(module, ModuleType)
                 and "print" not in vars(module)
             ):
-                vars(module)["print"] = _print
                 self._printing.append(module)
+                vars(module)["print"] = _print
         for name in _BARS:
             found = sys.modules.get(name)
             drawn = vars(found).get("tqdm") if found is not None else None
             if found is not None and drawn is not None:
                 quiet = _Bars(drawn) if isinstance(drawn, ModuleType) else _bar(drawn)
-                vars(found)["tqdm"] = quiet
                 self._drawing.append((found, drawn, quiet))
+                vars(found)["tqdm"] = quiet
 
     def _take_back(self) -> None:
         for place in self._filtered:

@@ -47,7 +47,7 @@ def _kept(camera: Camera, rounds: Rounds) -> set[int]:
     """The best candidates of the rounds that an optimizer comes back to; it takes the first of equal ones."""
     compared: dict[frozenset[str], list[tuple[float, int]]] = {}
     for seen in camera.candidates.all[1:]:  # without the given program, whose answers came before the first round
-        first = list(seen.scores.items())[: rounds.size]
+        first = list(seen.scores.copy().items())[: rounds.size]
         if len(first) == rounds.size:
             compared.setdefault(frozenset(key for key, _ in first), []).append((sum(s for _, s in first), -seen.index))
     return {-max(scores)[1] for number, scores in enumerate(compared.values(), 1) if number in rounds.kept}

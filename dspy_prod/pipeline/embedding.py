@@ -49,7 +49,7 @@ def embedding(asked: Asked) -> Steps:
     callers: Callers = {}
 
     def leave() -> None:
-        for key, caller in list(callers.items()):
+        for key, caller in callers.copy().items():
             flights.hand_over(asked.flight(key), caller)
 
     yield from if_cut_off(_all(asked, led, callers), leave)
@@ -214,7 +214,7 @@ def _told(asked: Asked, followed: Texts, callers: Callers, costs: dict[str, list
     while followed:
         passed: Texts = {}
         error: BaseException | None = None
-        for key, text in list(followed.items()):
+        for key, text in followed.copy().items():
             follower = callers[key]
             if follower.state == WAITING:
                 continue

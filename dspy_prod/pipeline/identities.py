@@ -113,7 +113,7 @@ class _Sweep:
         self.at = self.fewest
 
     def __call__(self) -> None:
-        for key, identity in list(_REMEMBERED.items()):
+        for key, identity in _REMEMBERED.copy().items():
             if identity.store() is None or not (identity.states or identity.tells()):
                 del _REMEMBERED[key]
         self.at = max(self.fewest, 2 * len(_REMEMBERED))
@@ -204,7 +204,7 @@ def lift(store: Store, place: str) -> bool:
         place: address and model.
     """
     with _LOCK:
-        alike = [(key, each) for (_, key), each in list(_IDENTITIES.items()) if each.place == place]
+        alike = [(key, each) for (_, key), each in _IDENTITIES.items() if each.place == place]
     lifted = False
     for key, each in alike:
         if each.store() is store and store.lift(key):

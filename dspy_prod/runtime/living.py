@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
 
 
 class Given(Protocol):
@@ -31,10 +33,15 @@ LIVE: weakref.WeakSet[Living] = weakref.WeakSet()
 
 
 def living() -> list[Living]:
-    """A copy, taken while other threads may be making LMs."""
+    """The LMs that there are."""
+    return members(LIVE)
+
+
+def members(these: weakref.WeakSet[T]) -> list[T]:
+    """A copy, taken while other threads may be adding to the set."""
     while True:
         try:
-            return list(LIVE)
+            return list(these)
         except RecursionError:  # a RuntimeError too, and no deeper stack comes of trying again
             raise
         except RuntimeError:

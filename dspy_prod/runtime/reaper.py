@@ -75,7 +75,7 @@ class Reaper:
     def finish(self, timeout: float = 2.0) -> bool:
         """The process ends: wait as `flush` does, then do what is kept."""
         flushed = self.flush(timeout)
-        for key, work in list(self._kept.items()):
+        for key, work in self._kept.copy().items():
             if self.take(key):
                 _do(work)
         return flushed

@@ -159,8 +159,8 @@ class MemoryStore(Lane):
     def accounts(self, prefix: str, suffix: str, most: int) -> list[tuple[str, AccountState]]:
         book = self._core.accounts
         with self._lock:
-            known = list(book.entries.items())
-        keys = worst(known, prefix, suffix, most)
+            known = book.entries.copy()
+        keys = worst(known.items(), prefix, suffix, most)
         with self._lock:
             return [(key, book.state(key)) for key in keys if key in book.entries]
 

@@ -149,7 +149,7 @@ def plain(value: Any, depth: int = 0) -> Any:
     if depth >= _DEPTH:
         return "…"
     if isinstance(value, Mapping):
-        return {str(key): plain(item, depth + 1) for key, item in list(value.items())}
+        return {str(key): plain(item, depth + 1) for key, item in dict(value).items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [plain(item, depth + 1) for item in value]
     for name in ("toDict", "model_dump"):

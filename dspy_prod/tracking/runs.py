@@ -17,6 +17,7 @@ from weakref import WeakSet
 from dspy_prod.privacy.names import bare_url
 from dspy_prod.privacy.outward import outward
 from dspy_prod.runtime.forking import Stage, reset_after_fork
+from dspy_prod.runtime.living import members
 from dspy_prod.tracking.process import Exporter
 from dspy_prod.tracking.setup import Place, environment_of
 
@@ -194,11 +195,11 @@ def flush(timeout: float = 30.0) -> bool:
         False when that took longer than `timeout` seconds.
     """
     until = time.monotonic() + timeout
-    return not [runs for runs in list(_LIVE) if not runs.wait(max(0.0, until - time.monotonic()))]
+    return not [runs for runs in members(_LIVE) if not runs.wait(max(0.0, until - time.monotonic()))]
 
 
 def _close() -> None:
-    for runs in list(_LIVE):
+    for runs in members(_LIVE):
         runs.close()
 
 

@@ -129,7 +129,7 @@ class Feedback:
     def left_at(self, now: float, tokens: int) -> tuple[float, str]:
         """When headers allow a call of `tokens`, and which dimension they name."""
         at, on = now, ""
-        for dimension, (left, until, _) in list(self.told.items()):
+        for dimension, (left, until, _) in self.told.copy().items():
             if until <= now:
                 del self.told[dimension]
             elif until > at and left < (tokens if dimension == "tokens" else 1):

@@ -73,7 +73,7 @@ class TermsBook:
 
     def look_again(self) -> None:
         """Others wrote: find what they said of budgets that cap single calls, for which no account asks."""
-        for title, told in list(self._told.items()):
+        for title, told in self._told.copy().items():
             if told.in_force.per == "call":
                 self.find(title)
 

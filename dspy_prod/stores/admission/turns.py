@@ -46,7 +46,7 @@ class Turns:
     def belongs_to_another(self, process: str, priority: int, now: float) -> bool:
         """Whether the next place is another process's, seen from a call of this one with this priority."""
         own = self._waiting.get(process)
-        for other, (theirs, until, passed) in list(self._waiting.items()):
+        for other, (theirs, until, passed) in self._waiting.copy().items():
             if until <= now:
                 del self._waiting[other]
             elif other != process:

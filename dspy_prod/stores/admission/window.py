@@ -200,7 +200,7 @@ class Seats:
 
     def dump(self) -> list[tuple[int, int]]:
         """What is in flight, as JSON values."""
-        return list(self._ends.items())
+        return list(self._ends.copy().items())
 
     def restore(self, rows: Iterable[tuple[int, int]]) -> None:
         """Take over what another dumped."""

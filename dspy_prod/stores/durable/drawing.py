@@ -123,7 +123,7 @@ class Drawing(Filling):
         if now >= self._look_at:
             self._look_at = now + _LOOK_FOR_LOST
             self._abandon_lost(now)
-        for lot, share in list(self._shares.items()):
+        for lot, share in self._shares.copy().items():
             wanted = core.waits(*lot) or self._crowded(share, now)
             folded = folded or wanted
             if wanted or end or self._over(share) or not self._kept_up(share, now):

@@ -68,7 +68,7 @@ class Threads:
         """Let every writer write what was posted and end."""
         self.ended = True
         deadline = time.monotonic() + EXIT_TIMEOUT
-        running = list(self._running.items())
+        running = self._running.copy().items()
         for _, writer in running:
             writer.inbox.put((Transactions.stop, None, None))
         for thread, _ in running:

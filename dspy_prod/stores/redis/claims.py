@@ -105,7 +105,7 @@ class RedisClaims:
         return claim is not None and claim.who is who
 
     def claimers(self) -> list[tuple[bytes, Caller | None]]:
-        return [(key, claim.who) for key, claim in list(self._own.items())]
+        return [(key, claim.who) for key, claim in self._own.copy().items()]
 
     def claim(self, key: bytes, waited: bool, who: Caller | None = None) -> int | CachedAnswer:
         if key in self._own:
@@ -140,7 +140,7 @@ class RedisClaims:
         return claim is not None and claim.wanted
 
     def renew(self, but: set[bytes]) -> None:
-        own = [each for each in list(self._own.items()) if each[0] not in but]
+        own = [each for each in self._own.copy().items() if each[0] not in but]
         for first in range(0, len(own), _AT_ONCE):
             some = own[first : first + _AT_ONCE]
             flights = [(self._key(key), claim.flight) for key, claim in some]

@@ -115,7 +115,7 @@ class ClaimsFile:
         return [(key, claim.who) for key, claim in self._taken()]
 
     def _taken(self) -> list[tuple[bytes, _Claim]]:
-        return [each for each in list(self._own.items()) if each[1].taken]
+        return [each for each in self._own.copy().items() if each[1].taken]
 
     def claim(self, key: bytes, waited: bool, who: Caller | None = None) -> int:
         own = self._own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import sys
@@ -106,6 +107,56 @@ def test_everything_is_exactly_as_before_on_every_way_out(error: type[BaseExcept
         if error is not None:
             raise error
     assert snapshot() == before
+
+
+def test_one_that_cannot_begin_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = snapshot()
+    inherited = logging.Logger.addFilter
+
+    def fail(self: logging.Logger, filter: Any) -> None:
+        if self.name == "optuna.trial._trial":
+            raise MemoryError
+        inherited(self, filter)
+
+    monkeypatch.setattr(logging.Logger, "addFilter", fail)
+    with pytest.raises(MemoryError), quiet():
+        pass
+    monkeypatch.undo()
+    assert snapshot() == before
+    with quiet():
+        assert snapshot() != before
+    assert snapshot() == before
+
+
+class _Importing:
+    """Garbage that imports a module when it is collected, as what a finalizer calls does."""
+
+    def __init__(self, name: str) -> None:
+        self.own, self.name = self, name
+
+    def __del__(self) -> None:
+        sys.modules[self.name] = ModuleType(self.name)
+
+
+def test_it_begins_while_a_module_is_imported() -> None:
+    """Python 3.11 collects garbage, and so may run anything, in the middle of a copy made by `list(x.items())`."""
+    names = [f"imported_meanwhile_{n}" for n in range(20)]
+    enabled, threshold = gc.isenabled(), gc.get_threshold()
+    try:
+        for name in names:
+            gc.collect()
+            _Importing(name)
+            gc.set_threshold(1, 1, 1)
+            with quiet():
+                pass
+            gc.set_threshold(*threshold)
+        gc.collect()
+        assert set(names) <= set(sys.modules)
+    finally:
+        gc.set_threshold(*threshold)
+        gc.enable() if enabled else gc.disable()
+        for name in names:
+            sys.modules.pop(name, None)
 
 
 def test_blocks_within_blocks_and_side_by_side_end_in_any_order() -> None:
