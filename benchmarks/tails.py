@@ -26,6 +26,7 @@ from rich.table import Table
 from benchmarks.ledger import reserve, settle
 from benchmarks.ledger_reads import days_ago, fill, fill_hits
 from dspy_prod.options import RateLimit
+from dspy_prod.status.costs import costs_by
 from dspy_prod.stores.base import GRANTED, Reservation
 from dspy_prod.stores.sqlite.store import SqliteStore
 
@@ -89,14 +90,13 @@ def measure(rows: int, tenants: int, in_flight: int, seconds: float) -> dict[str
         _tenants(SqliteStore(path), tenants)
         store = SqliteStore(path)
         held = _hold(store, in_flight)
-        today, week = days_ago(0), days_ago(6)
         month = "month/tenant|"
         reads: dict[str, Callable[[], object]] = {
-            "costs today": lambda: store.totals(since_day=today),
-            "costs by user today": lambda: store.sums(dimension="user", since_day=today),
-            "costs by user, a week": lambda: store.sums(dimension="user", since_day=week),
-            "costs by user, 80 days": lambda: store.sums(dimension="user", since_day=days_ago(79)),
-            "the dearest ten, a week": lambda: store.sums(dimension="user", since_day=week, most=10),
+            "costs today": lambda: store.totals(since_day=str(days_ago(0))),
+            "costs by user today": lambda: costs_by(store, "user", days_ago(0)),
+            "costs by user, a week": lambda: costs_by(store, "user", days_ago(6)),
+            "costs by user, 80 days": lambda: costs_by(store, "user", days_ago(79)),
+            "the dearest ten, a week": lambda: costs_by(store, "user", days_ago(6), 10),
             "an account": lambda: store.account("month/tenant|t5|now"),
             "the dearest ten tenants": lambda: store.accounts(month, "|now", 10),
             "reservations": store.holds,

@@ -258,4 +258,6 @@ def summed_as(value: str) -> str:
 
 def called(value: str) -> str:
     """The value that stands so in the sums, `OTHER` aside."""
-    return value[1:] if value != OTHER and summed_as(value) != value else value
+    if OTHER not in value or value == OTHER:
+        return value
+    return value[1:] if summed_as(value) != value else value

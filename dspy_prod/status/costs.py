@@ -13,6 +13,7 @@ from itertools import chain
 from math import inf
 from typing import Final, NamedTuple
 
+from dspy_prod.compat.pydantic import constructed
 from dspy_prod.context.current import current
 from dspy_prod.errors import ConfigError, StoreUnavailableError
 from dspy_prod.pipeline.pipeline import Pipeline
@@ -21,7 +22,7 @@ from dspy_prod.policies.sharing import refresh
 from dspy_prod.records import NANO, OTHER, ROLLUP_DIMENSIONS, Totals, called
 from dspy_prod.runtime.clock import Clock
 from dspy_prod.runtime.reaper import REAPER
-from dspy_prod.status.spending import BudgetStatus, CostRow, CostRows, CostSummary, filled
+from dspy_prod.status.spending import BudgetStatus, CostRow, CostRows, CostSummary
 from dspy_prod.stores.base import Account, AccountState, Store
 from dspy_prod.stores.memory_ledger import day_of
 
@@ -212,9 +213,8 @@ def costs_by(store: Store, by: str, since: dt.date | None = None, limit: int | N
     if by == "day":
         days = store.totals(since_day=first)
         last = days[0 if limit is None else max(0, len(days) - limit) :]
-        return CostRows([cost_row(day, totals) for day, _, totals in last], by)
-    rows = [cost_row(value, totals) for value, totals in store.sums(dimension=by, since_day=first, most=limit)]
-    return CostRows(sorted(rows, key=lambda row: (-row.usd, row.value)), by)
+        return CostRows(cost_rows((day, totals) for day, _, totals in last), by)
+    return CostRows(cost_rows(store.sums(dimension=by, since_day=first, most=limit)), by)
 
 
 def behind(store: Store) -> int:
@@ -258,10 +258,34 @@ def cost_row(value: str, totals: Totals) -> CostRow:
     Args:
         value: as it stands in the sums.
     """
-    usd, unconfirmed = totals.cost_nano / NANO, totals.unconfirmed_nano / NANO
-    listed = {"list_usd": totals.list_nano / NANO, "unknown_list": totals.unknown_list}
-    rest = value == OTHER
-    return filled(CostRow, totals, value=called(value), rest=rest, usd=usd, unconfirmed_usd=unconfirmed, **listed)
+    return cost_rows([(value, totals)])[0]
+
+
+def cost_rows(sums: Iterable[tuple[str, Totals]]) -> list[CostRow]:
+    """As `cost_row`, of many at once: a ledger may have thousands of users."""
+    return [_row(value, totals) for value, totals in sums]
+
+
+def _row(value: str, totals: Totals) -> CostRow:
+    cost, unconfirmed, unknown, attempts, cached, failed, input_tokens, output_tokens, saved, saved_known = totals
+    cells = {
+        "value": called(value),
+        "usd": cost / NANO,
+        "unconfirmed_usd": unconfirmed / NANO,
+        "unknown_cost": unknown,
+        "attempts": attempts,
+        "cached": cached,
+        "failed": failed,
+        "input_tokens": input_tokens,
+        "output_tokens": output_tokens,
+        "list_usd": (cost + saved) / NANO,
+        "unknown_list": unknown + cached - saved_known,
+        "rest": value == OTHER,
+    }
+    return constructed(CostRow, _CELLS, cells)
+
+
+_CELLS: Final = set(CostRow.model_fields)
 
 
 def _span(first: dt.date, last: dt.date) -> list[dt.date]:

@@ -20,7 +20,6 @@ from dspy_prod.status.listed import Records
 from dspy_prod.status.programs import ProgramRecords, ProgramRows, check_program_dimension, program_rows
 from dspy_prod.status.spending import CostRow
 from dspy_prod.stores.base import Store
-from dspy_prod.stores.memory_ledger import day_of
 from dspy_prod.stores.memory_rows import TAG
 
 Moment = float | dt.datetime | dt.date | dt.timedelta
@@ -29,8 +28,6 @@ midnight UTC; or a timedelta: so long ago."""
 
 MOST_USD: Final = 1_000_000_000
 """No call costs more; a sum of such would leave 64 bits of nano-USD."""
-
-_DAY: Final = dt.timedelta(days=1)
 
 
 class Ledger:
@@ -105,17 +102,9 @@ class Ledger:
     def unconfirmed(self, *, since: Moment | None = None) -> Records:
         """The records whose cost is an upper bound because the provider did not tell, newest first.
 
-        `resolve` settles one by the provider's bill. Only days with unconfirmed cost are read.
+        `resolve` settles one by the provider's bill.
         """
-        begin = self._epoch("since", since)
-        first = None if begin is None else day_of(begin)
-        days = [day for day, _, sums in self._read().totals(since_day=first) if sums.unconfirmed_nano > 0]
-        found: list[CallRecord] = []
-        for day in days:
-            midnight = dt.datetime.fromisoformat(f"{day}T00:00:00+00:00")
-            start, end = midnight.timestamp(), (midnight + _DAY).timestamp()
-            records = self._read().records(since=start if begin is None else max(start, begin), until=end)
-            found += [record for record in records if record.estimated]
+        found = self._read().unconfirmed(self._epoch("since", since))
         return Records(sorted(found, key=lambda record: -record.started_at))
 
     def resolve(self, id: str, usd: float, *, overwrite: bool = False) -> CallRecord:

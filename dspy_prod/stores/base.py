@@ -193,6 +193,10 @@ class Ledger(Protocol):
         """Records, newest first; `equals` compares fields such as user, tenant, model, call_id, id."""
         ...
 
+    def unconfirmed(self, since: float | None = None) -> list[CallRecord]:
+        """Records whose cost is an upper bound because nobody told it, newest first."""
+        ...
+
     def totals(
         self,
         *,

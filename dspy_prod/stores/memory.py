@@ -176,6 +176,9 @@ class MemoryStore(Lane):
             view = self._ledger.view()
         return view.matching(since, until, limit, equals)
 
+    def unconfirmed(self, since: float | None = None) -> list[CallRecord]:
+        return [record for record in self.records(since=since) if record.estimated]
+
     def totals(
         self,
         *,

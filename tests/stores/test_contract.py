@@ -639,6 +639,20 @@ def test_a_correction_mends_record_accounts_and_totals(store: Store) -> None:
     check_books(store)
 
 
+def test_unconfirmed_records_are_found_until_they_are_corrected(store: Store) -> None:
+    for number in range(9):  # three a day, the middle one of each known
+        at = DAY + number // 3 * 86_400.0 + number % 3 * 3_600.0
+        store.append(record(id=f"r{number}", started_at=at, cost_nano=CENT, estimated=number % 3 != 1))
+    assert [row.id for row in store.unconfirmed()] == ["r8", "r6", "r5", "r3", "r2", "r0"]
+    assert all(row.estimated for row in store.unconfirmed())
+    assert [row.id for row in store.unconfirmed(DAY + 86_400.0 + 1.0)] == ["r8", "r6", "r5"]
+    assert [row.id for row in store.unconfirmed(DAY + 86_400.0)] == ["r8", "r6", "r5", "r3"]
+    assert store.correct("r5", 2 * CENT)
+    assert store.correct("r0", 0)
+    assert [row.id for row in store.unconfirmed()] == ["r8", "r6", "r3", "r2"]
+    assert store.unconfirmed(DAY + 30 * 86_400.0) == []
+
+
 def test_a_correction_lets_a_waiting_call_go(store: Store) -> None:
     first = granted(store, ask(50 * CENT))
     store.settle(first, settlement(first, 50 * CENT, estimated=True))

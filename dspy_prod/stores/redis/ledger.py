@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -123,6 +124,17 @@ class RedisLedger:
     ) -> list[CallRecord]:
         """Matching records, newest first, see `Ledger`."""
         return read_records(self._connection, self._keys, since, until, limit, equals)
+
+    def unconfirmed(self, since: float | None) -> list[CallRecord]:
+        """Records whose cost is an upper bound, newest first. Only days that have some are read."""
+        first = None if since is None else day_of(since)
+        found: list[CallRecord] = []
+        for day, _, sums in reversed(self.totals("all", first, None, None)):
+            if sums.unconfirmed_nano > 0:
+                begin = dt.datetime.fromisoformat(f"{day}T00:00:00+00:00").timestamp()
+                begin, end = begin if since is None else max(begin, since), begin + _DAY
+                found += [record for record in self.records(begin, end, None, {}) if record.estimated]
+        return found
 
     def totals(
         self, dimension: str, since_day: str | None, until_day: str | None, value: str | None

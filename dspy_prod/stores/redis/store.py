@@ -175,6 +175,10 @@ class RedisStore(DurableStore):
         self._settle_first()
         return self._parts.ledger.records(since, until, limit, equals)
 
+    def unconfirmed(self, since: float | None = None) -> list[CallRecord]:
+        self._settle_first()
+        return self._parts.ledger.unconfirmed(since)
+
     def totals(
         self,
         *,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Mapping
+from math import inf
 from typing import Any, Final
 
 import orjson
@@ -45,6 +46,16 @@ def read_records(
     found = [*hits, *(Found(row[-1], row[-2], -1, record_of(row[:-2])) for row in rows)]
     found.sort(reverse=True)
     return [each.record for each in found[:limit]]
+
+
+def read_unconfirmed(connection: sqlite3.Connection, ns: int, since: float | None) -> list[CallRecord]:
+    """Records whose cost is an upper bound, newest first. No hit, whose cost is 0, is one."""
+    rows = connection.execute(
+        f"SELECT {RECORD_COLUMNS} FROM records WHERE ns = ? AND estimated "
+        "AND started_at >= ? ORDER BY started_at DESC, seq DESC",
+        (ns, -inf if since is None else since),
+    )
+    return [record_of(row) for row in rows.fetchall()]
 
 
 def _pair(name: str, value: str) -> str:

@@ -16,6 +16,7 @@ ACCOUNT_OF: Final = "substr(key, 1, instr(key, '|'))", "substr(key, length(rtrim
 
 _INDICES: Final = {
     **{f"records_{name}": f'records (ns, "{name}", started_at) WHERE "{name}" IS NOT NULL' for name in SELECTIVE[1:]},
+    "records_unconfirmed": "records (ns, started_at) WHERE estimated",
     "cache_ends": "cache (ns, max(expires_at, stale_until))",
     "accounts_dearest": f"accounts (ns, {', '.join(ACCOUNT_OF)}, spent DESC)",
     "accounts_ends": "accounts (ns, ends_at) WHERE ends_at IS NOT NULL",

@@ -29,13 +29,13 @@ from dspy_prod.stores.sqlite.asked import (
 from dspy_prod.stores.sqlite.board import KeptBoard
 from dspy_prod.stores.sqlite.checkpoints import Checkpoints
 from dspy_prod.stores.sqlite.claims import ClaimsFile
-from dspy_prod.stores.sqlite.finding import read_records
+from dspy_prod.stores.sqlite.finding import read_records, read_unconfirmed
 from dspy_prod.stores.sqlite.kept import KeptAnswers
 from dspy_prod.stores.sqlite.programs import KeptPrograms
 from dspy_prod.stores.sqlite.reader import Reader
-from dspy_prod.stores.sqlite.rollups import read_sums, read_totals
 from dspy_prod.stores.sqlite.runs import KeptRuns
 from dspy_prod.stores.sqlite.schema import unavailable
+from dspy_prod.stores.sqlite.summed import read_sums, read_totals
 from dspy_prod.stores.sqlite.tables import Tables
 from dspy_prod.stores.sqlite.timing import StoreTime
 from dspy_prod.stores.sqlite.trials import KeptTrials
@@ -155,6 +155,9 @@ class SqliteStore(DurableStore):
         self, *, since: float | None = None, until: float | None = None, limit: int | None = None, **equals: str
     ) -> list[CallRecord]:
         return self._read(lambda connection, ns: read_records(connection, ns, since, until, limit, equals))
+
+    def unconfirmed(self, since: float | None = None) -> list[CallRecord]:
+        return self._read(lambda connection, ns: read_unconfirmed(connection, ns, since))
 
     def totals(
         self,

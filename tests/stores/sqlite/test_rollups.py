@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from dspy_prod.records import Totals
-from dspy_prod.stores.sqlite import rollups
+from dspy_prod.stores.memory_ledger import day_of
+from dspy_prod.stores.sqlite import rollups, summed
 from dspy_prod.stores.sqlite.store import SqliteStore
 from tests.stores.sqlite.test_hits import hit
 from tests.stores.support import CENT, DAY, record
@@ -275,6 +276,39 @@ def test_a_long_span_takes_no_more_steps_than_a_short_one(store: SqliteStore) ->
     assert asked(days[1]) < 1.1 * asked(days[-2])
     assert asked(days[1]) < 200 * 50
     agrees(store)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("likely", [1, 3, 512])
+def test_the_dearest_since_a_day_are_those_of_all(
+    store: SqliteStore, monkeypatch: pytest.MonkeyPatch, seed: int, likely: int
+) -> None:
+    """Whether they are among those that were dearest ever or not, and where several spent the same."""
+    monkeypatch.setattr(summed, "_LIKELY_AT_LEAST", likely)
+    rng = random.Random(seed)
+    often = rng.choice((2, 9))
+    for _ in range(150):
+        number = min(rng.randrange(30), rng.randrange(30))
+        cost = rng.choice((0, 1, 2, rng.randrange(9))) * (30 - number) ** rng.choice((0, 2))
+        day = rng.randrange(often) if rng.random() < 0.9 else rng.randrange(9)
+        store.append(record(user=f"u{number}", cost_nano=cost, started_at=DAY - 86_400 * day))
+    for day in sorted({day for day, _, _ in store.totals()}):
+        every = added_up(store, "user", day)
+        for most in (0, 1, 2, 3, 5, 8, len(every), 40):
+            assert store.sums(dimension="user", since_day=day, most=most) == every[:most]
+
+
+def test_who_spent_much_before_is_not_among_the_dearest_since(
+    store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(summed, "_LIKELY_AT_LEAST", 1)
+    for number in range(20):
+        who = f"old{number:02}"
+        store.append(record(user=who, cost_nano=1_000, started_at=DAY - 5 * 86_400))
+        store.append(record(user=who, cost_nano=1, started_at=DAY))
+    store.append(record(user="new", cost_nano=2, started_at=DAY - 86_400))
+    found = store.sums(dimension="user", since_day=day_of(DAY - 86_400), most=2)
+    assert [(value, sums.cost_nano) for value, sums in found] == [("new", 2), ("old00", 1)]
 
 
 def test_the_dearest_of_many_are_found_without_looking_at_all(store: SqliteStore) -> None:
