@@ -6,6 +6,7 @@ import copy
 import hashlib
 import logging
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, Final
 
 from dspy.lm15 import Response, Usage
@@ -141,6 +142,7 @@ def dump(response: Response, list_nano: int | None) -> bytes | None:
         return None
 
 
+@lru_cache(maxsize=4096)  # each call asks three times
 def store_key(key: bytes) -> bytes:
     """What the store calls a key."""
     return hashlib.sha256(KEY_VERSION + key).digest()

@@ -69,7 +69,7 @@ __all__ = [
 class Trials(Protocol):
     """What a store keeps of experiments. All methods are thread-safe.
 
-    What is posted waits for nothing, and is lost with a process that is killed within the moment (8 ms, or what the
+    What is posted waits for nothing, and is lost with a process that is killed within the moment (25 ms, or what the
     file is behind) before it is written, as records are; it is never counted twice. Everything else is durable on
     return, and raises `StoreUnavailableError` where that cannot be had.
     """

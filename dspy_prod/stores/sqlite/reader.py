@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
+from math import inf
 from typing import TypeVar
 
 from dspy_prod.runtime.forking import Stage, hold_while_forking
@@ -14,11 +16,16 @@ T = TypeVar("T")
 
 
 class Reader(File):
-    """One namespace of one file, read by any thread."""
+    """One namespace of one file, read by any thread.
 
-    def __init__(self, path: str, namespace: str) -> None:
+    Args:
+        look_every: seconds after which it is looked again whether the file is still there.
+    """
+
+    def __init__(self, path: str, namespace: str, *, look_every: float = 0.0) -> None:
         super().__init__(path, namespace)
         self._lock = threading.Lock()
+        self._look_every, self._look_at = look_every, -inf
         hold_while_forking(self, Stage.FILES)
 
     def read(self, question: Callable[[sqlite3.Connection, int], T]) -> T:
@@ -28,9 +35,16 @@ class Reader(File):
             sqlite3.Error, OSError: the file cannot be read.
         """
         with self._lock:
-            if self.connection is None or self.lost():
+            if self.connection is None or self._looked_and_lost():
                 self.open().execute("PRAGMA query_only=1")
             return question(self.open(), self.ns)
+
+    def _looked_and_lost(self) -> bool:
+        now = time.monotonic()
+        if now < self._look_at:
+            return False
+        self._look_at = now + self._look_every
+        return self.lost()
 
     def close(self) -> None:
         """Close the connection; the next use opens a new one."""

@@ -9,7 +9,7 @@ import os
 import sqlite3
 import uuid
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from dspy_prod.records import CallRecord, Totals
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock, follow
@@ -41,6 +41,9 @@ from dspy_prod.stores.sqlite.timing import StoreTime
 from dspy_prod.stores.sqlite.trials import KeptTrials
 
 T = TypeVar("T")
+
+LOOK_EVERY: Final = 0.05
+"""Seconds for which a call that looks for its answer takes the file to be still there: each look is a system call."""
 
 
 class SqliteStore(DurableStore):
@@ -100,13 +103,14 @@ class SqliteStore(DurableStore):
         copier = Reader(self._path, self._namespace)
         writer = Writer(tables, self._time, self._lease, self._listeners, self._terms, Checkpoints(copier))
         self._ledger_reader = Reader(self._path, self._namespace)
-        self._cache_reader = Reader(self._path, self._namespace)
+        cache_reader = Reader(self._path, self._namespace, look_every=LOOK_EVERY)
+        runs_reader = Reader(self._path, self._namespace)
         trials_reader = Reader(self._path, self._namespace)
         board_reader = Reader(self._path, self._namespace)
-        self._readers = (self._ledger_reader, self._cache_reader, trials_reader, board_reader, copier)
+        self._readers = (self._ledger_reader, cache_reader, runs_reader, trials_reader, board_reader, copier)
         self._begin(writer, Mailbox(writer, self._readers))
-        kept = KeptAnswers(self._mailbox, self._cache_reader, self.now)
-        self.runs = KeptRuns(self._mailbox, self._cache_reader)
+        kept = KeptAnswers(self._mailbox, cache_reader, self.now)
+        self.runs = KeptRuns(self._mailbox, runs_reader)
         if self._trials is None:
             self._trials = KeptTrials(self._mailbox, trials_reader, self.now)
         else:
