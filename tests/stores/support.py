@@ -43,6 +43,15 @@ class FakeClock:
         self._passed += seconds
 
 
+class Put:
+    """An answer on its way to a store: `written` is called when others can read it, or never will."""
+
+    max_entries, max_bytes = 9, 999
+
+    def __init__(self, answer: CachedAnswer | None, written: Callable[[], object]) -> None:
+        self.answer, self.written = answer, written
+
+
 def new_id() -> str:
     return f"{os.getpid()}-{next(_ids)}"
 

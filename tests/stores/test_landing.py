@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from dspy_prod.stores.durable.transactions import Transactions
 from dspy_prod.stores.redis.store import RedisStore
 from dspy_prod.stores.sqlite.store import SqliteStore
 from dspy_prod.testing import Provider
-from tests.stores.support import until
+from tests.stores.support import Put, until
 
 ANSWER = CachedAnswer(b"{}", inf, inf)
 
@@ -105,7 +106,7 @@ def test_an_answer_that_comes_as_the_writer_ends(store: Any) -> None:
     """It stays readable for nobody, and is not taken to be on its way for ever."""
     told: list[int] = []
     store.close()
-    store._mailbox.writer.inbox.put((Transactions.put_answer, b"key", (ANSWER, 9, 999, lambda: told.append(1))))
+    store._mailbox.writer.inbox.put((Transactions.put_answer, b"key", Put(ANSWER, partial(told.append, 1))))
     store._mailbox.refuse_stragglers()
     assert told == [1]
 

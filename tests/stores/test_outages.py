@@ -23,7 +23,7 @@ from dspy_prod.stores.durable.writer import MAX_BATCH
 from dspy_prod.stores.redis.store import RedisStore
 from dspy_prod.stores.sqlite.store import SqliteStore
 from tests.interrupts import interrupted, interrupted_at_line
-from tests.stores.support import Problems, ask, decided, granted, record, until
+from tests.stores.support import Problems, Put, ask, decided, granted, record, until
 from tests.stores.trial_support import expose, made
 
 
@@ -100,7 +100,7 @@ def test_an_answer_that_comes_while_nothing_can_be_written_lets_go_who_follows(s
     fail(store, away)
     told = threading.Event()
     post(store, 20)
-    store._mailbox.post((Transactions.put_answer, b"key", (None, 9, 999, told.set)))
+    store._mailbox.post((Transactions.put_answer, b"key", Put(None, told.set)))
     assert told.wait(3.0)
 
 
@@ -159,7 +159,7 @@ def test_who_is_taken_as_a_store_fails_again_is_told(store: Any, away: Away, mon
     assert begun.wait(5)
     waiting, asked, told = ask(), Future[Any](), threading.Event()
     for operation in (
-        (Transactions.put_answer, b"key", (None, 9, 999, told.set)),
+        (Transactions.put_answer, b"key", Put(None, told.set)),
         (Transactions.answer, asked, lambda *_: None),
         (Transactions.admit, waiting, None),
     ):

@@ -209,7 +209,7 @@ class Failing(ABC):
                 if not subject.done():
                     subject.set_exception(OSError(refusal.detail))
             elif kind is Transactions.put_answer:
-                detail[3]()
+                detail.written()
             elif kind is Transactions.flush and self.outage is not None:
                 self._looks.append(subject)  # not kept: there is no end of those who look, and settlements need room
             elif kind is Transactions.stop:
@@ -251,7 +251,7 @@ class Failing(ABC):
         elif kind is Transactions.answer:
             subject.set_exception(error)
         elif kind is Transactions.put_answer:
-            detail[3]()
+            detail.written()
         elif kind in _SETTLING and subject.record is not None:
             operations.insert(error.index, (kind, subject._replace(record=None), detail))
 

@@ -106,7 +106,7 @@ class Inbox:
         if len(operations) >= MOST and kind in _LOSABLE:
             self._drop()
             if kind is Transactions.put_answer:
-                operation[2][3]()
+                operation[2].written()
             return
         operations.append(operation)
         ring = self._resting or len(operations) == (ENOUGH if self._costly else ENOUGH_FREE)

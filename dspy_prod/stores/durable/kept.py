@@ -60,24 +60,38 @@ class KeptAnswers:
 
     def put(self, key: bytes, answer: CachedAnswer, *, max_entries: int, max_bytes: int) -> None:
         """Keep an answer. Posted."""
-        posted = self._posted
-
-        def written() -> None:
-            if posted.get(key) is answer:
-                posted.pop(key, None)
-            if key not in posted:  # nor where it was forgotten by `clear`: who is told may hold something for it
-                self.on_written(key)
-
-        posted[key] = answer
-        if not self._mailbox.post((Transactions.put_answer, key, (answer, max_entries, max_bytes, written))):
-            written()
+        self._posted[key] = answer
+        put = _Put(self, key, answer, max_entries, max_bytes)
+        if not self._mailbox.post((Transactions.put_answer, key, put)):
+            put.written()
         self._mailbox.writer.inbox.ease()
+
+    def written(self, key: bytes, answer: CachedAnswer) -> None:
+        """Others can read it, or never will."""
+        posted = self._posted
+        if posted.get(key) is answer:
+            posted.pop(key, None)
+        if key not in posted:  # nor where it was forgotten by `clear`: who is told may hold something for it
+            self.on_written(key)
 
     def clear(self) -> None:
         """Forget all answers of the namespace."""
         self._posted.clear()
         self._mailbox.post((Transactions.clear_answers, None, None))
         self._mailbox.flush(READ_TIMEOUT)
+
+
+class _Put:
+    """An answer on its way, see `operations.Put`: one object, for as many wait as calls are made meanwhile."""
+
+    __slots__ = ("_kept", "_key", "answer", "max_bytes", "max_entries")
+
+    def __init__(self, kept: KeptAnswers, key: bytes, answer: CachedAnswer, max_entries: int, max_bytes: int) -> None:
+        self._kept, self._key = kept, key
+        self.answer, self.max_entries, self.max_bytes = answer, max_entries, max_bytes
+
+    def written(self) -> None:
+        self._kept.written(self._key, self.answer)
 
 
 def _nobody(key: bytes) -> None:

@@ -163,7 +163,7 @@ class Mailbox:
             elif kind is Transactions.flush:
                 subject.set()
             elif kind is Transactions.put_answer:
-                detail[3]()
+                detail.written()
             elif kind is Transactions.note and detail is not None:
                 detail.lost("the store is closed")
             elif kind in _WRITING:

@@ -15,7 +15,7 @@ from dspy_prod.options import Budget
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.admission.holds import Hold
-from dspy_prod.stores.base import PENDING, Reservation, Settlement
+from dspy_prod.stores.base import PENDING, CachedAnswer, Reservation, Settlement
 from dspy_prod.stores.durable.drawing import Drawing
 from dspy_prod.stores.durable.served import Served
 from dspy_prod.stores.durable.tables import Reading, Tables
@@ -45,6 +45,18 @@ class Fate(Protocol):
 
     def lost(self, why: str) -> int:
         """It will never be written; how many things are lost with it."""
+        ...
+
+
+class Put(Protocol):
+    """An answer to keep."""
+
+    answer: CachedAnswer
+    max_entries: int
+    max_bytes: int
+
+    def written(self) -> None:
+        """Others can read it, or never will."""
         ...
 
 
@@ -110,10 +122,9 @@ class Operations:
         key, limit = limiter
         self.core.resync(key, limit, remaining, now)
 
-    def put_answer(self, key: bytes, put: Any, now: float) -> None:
-        answer, max_entries, max_bytes, written = put
-        self.tables.cache.put(key, answer, max_entries, max_bytes, now)
-        self.after.append(written)
+    def put_answer(self, key: bytes, put: Put, now: float) -> None:
+        self.tables.cache.put(key, put.answer, put.max_entries, put.max_bytes, now)
+        self.after.append(put.written)
 
     def touch_answer(self, key: bytes, _: Any, now: float) -> None:
         self.tables.cache.touch(key, now)

@@ -252,7 +252,7 @@ class Writer(Failing):
                 if kind is Transactions.answer and not subject.done():
                     subject.set_exception(OSError(refusal.detail))
                 elif kind is Transactions.put_answer:
-                    detail[3]()
+                    detail.written()
         self._publish()
         self.local.fail_waiting(refusal)
         lost = size_of(operation for operation in (*self._kept, *self._unsure) if operation[0] in RECORDING)

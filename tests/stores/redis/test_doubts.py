@@ -15,7 +15,7 @@ from dspy_prod.stores.durable import failing
 from dspy_prod.stores.durable.tables import DoubtError
 from dspy_prod.stores.durable.transactions import Transactions
 from dspy_prod.stores.redis.store import RedisStore
-from tests.stores.support import ask, decided, record, until
+from tests.stores.support import Put, ask, decided, record, until
 
 MANY = 1_100
 """Records that are kept: three commits."""
@@ -94,7 +94,7 @@ def test_who_is_taken_as_a_commit_is_in_doubt_is_told(
     until(lambda: writer._retry_at > 0.0)
     waiting, asked, told = ask(), Future[Any](), threading.Event()
     for operation in (
-        (Transactions.put_answer, b"key", (None, 9, 999, told.set)),
+        (Transactions.put_answer, b"key", Put(None, told.set)),
         (Transactions.answer, asked, lambda *_: None),
         (Transactions.admit, waiting, None),
     ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from dspy_prod.stores.durable import inbox
 from dspy_prod.stores.durable.inbox import ENOUGH, ENOUGH_FREE, GATHER, GATHER_FREE, Inbox
 from dspy_prod.stores.durable.transactions import Operation, Transactions
 from dspy_prod.stores.sqlite.store import SqliteStore
-from tests.stores.support import CENT, Problems, ask, granted, record, settlement, until
+from tests.stores.support import CENT, Problems, Put, ask, granted, record, settlement, until
 
 FREE: Operation = (Transactions.append, record(cached=True, outcome="cached"), True)
 PAID: Operation = (Transactions.append, record(cost_nano=5), True)
@@ -153,5 +154,5 @@ def test_an_answer_that_is_dropped_lets_go_who_waits_for_it(monkeypatch: pytest.
     let_go: list[int] = []
     box = Inbox()
     for number in range(2):
-        box.put((Transactions.put_answer, None, (None, None, None, lambda number=number: let_go.append(number))))
+        box.put((Transactions.put_answer, None, Put(None, partial(let_go.append, number))))
     assert (box.qsize(), let_go) == (1, [1])
