@@ -16,6 +16,7 @@ from dspy_prod.stores.memory_rows import TAG
 from dspy_prod.stores.sqlite.hits import read_hits
 from dspy_prod.stores.sqlite.indices import SELECTIVE
 from dspy_prod.stores.sqlite.pages import Found
+from dspy_prod.stores.sqlite.reader import snapshot
 from dspy_prod.stores.sqlite.rows import RECORD_COLUMNS, Row, clean, record_of
 
 _MANY: Final = 1_000
@@ -33,14 +34,11 @@ def read_records(
     """Matching records, newest first."""
     check_fields(equals)
     wanted = {carried(name): clean(value) for name, value in equals.items()}  # a tag's name is anybody's, too
-    connection.execute("BEGIN")  # a hit that becomes a row meanwhile is one or the other
-    try:
+    with snapshot(connection):  # a hit that becomes a row meanwhile is one or the other
         rows = _read_rows(connection, ns, since, until, limit, wanted)
         full = limit is not None and len(rows) == limit
         since = rows[-1][-1] if full and rows else since
         hits = read_hits(connection, ns, since, until, limit, wanted)
-    finally:
-        connection.execute("COMMIT")
     if not hits:
         return [record_of(row[:-2]) for row in rows]
     found = [*hits, *(Found(row[-1], row[-2], -1, record_of(row[:-2])) for row in rows)]

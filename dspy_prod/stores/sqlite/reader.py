@@ -5,7 +5,8 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import inf
 from typing import TypeVar
 
@@ -37,7 +38,10 @@ class Reader(File):
         with self._lock:
             if self.connection is None or self._looked_and_lost():
                 self.open().execute("PRAGMA query_only=1")
-            return question(self.open(), self.ns)
+            connection = self.open()
+            if connection.in_transaction:  # of a read that was interrupted: it would show for ever what was there then
+                connection.rollback()
+            return question(connection, self.ns)
 
     def _looked_and_lost(self) -> bool:
         now = time.monotonic()
@@ -71,3 +75,14 @@ class Reader(File):
     def _after_fork(self) -> None:
         self._lock = threading.Lock()
         self.lose()
+
+
+@contextmanager
+def snapshot(connection: sqlite3.Connection) -> Iterator[None]:
+    """What is read inside was there at one moment."""
+    connection.execute("BEGIN")
+    try:
+        yield
+    finally:
+        if connection.in_transaction:  # SQLite has ended it where the file cannot be read
+            connection.execute("COMMIT")

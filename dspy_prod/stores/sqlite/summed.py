@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from dspy_prod.privacy.visible import carried
 from dspy_prod.records import Totals
+from dspy_prod.stores.sqlite.reader import snapshot
 from dspy_prod.stores.sqlite.rollups import LACKING, SUMMED, TOTALS, days_of, each_of
 from dspy_prod.stores.sqlite.rows import Row, text_of
 
@@ -102,7 +103,14 @@ def read_sums(
     connection: sqlite3.Connection, ns: int, dimension: str, since_day: str | None, most: int | None
 ) -> list[tuple[str, Totals]]:
     """(value, sums over the days) of one dimension, the dearest first."""
-    most = -1 if most is None else most
+    with snapshot(connection):  # late records and other releases change what the next statement goes by
+        rows = _read_sums(connection, ns, carried(dimension), since_day, -1 if most is None else most)
+    sums = list(zip(map(text_of, map(_VALUE, rows)), _totals(map(_SUMS, rows)), strict=True))
+    sums.sort(key=_dearest)
+    return sums
+
+
+def _read_sums(connection: sqlite3.Connection, ns: int, dimension: str, since_day: str | None, most: int) -> list[Row]:
     days: list[tuple[str]] = []
     if since_day is not None and _has_before(connection, ns, since_day):
         some = f"{_DAYS} SELECT day FROM days WHERE day IS NOT NULL LIMIT 2"
@@ -112,18 +120,14 @@ def read_sums(
     if len(days) < 2:  # nothing to add up, which is most of the work
         table, day = ("rollups", days[0]) if days else ("rollups_ever", ())
         asked = f"FROM {table} WHERE ns = ? {'AND day = ? ' if days else ''}AND dimension = ? "
-        rows = connection.execute(
+        return connection.execute(
             f"SELECT value, {TOTALS} {asked} {'' if most < 0 else 'ORDER BY cost_nano DESC, value LIMIT ?'}",
-            (ns, *day, carried(dimension), *(() if most < 0 else (most,))),
+            (ns, *day, dimension, *(() if most < 0 else (most,))),
         ).fetchall()
-    elif days[0][0] > _lacking_until(connection):
-        asked_of = {"ns": ns, "dimension": carried(dimension), "day": days[0][0], "most": most}
-        rows = connection.execute(_SINCE, asked_of).fetchall() if most < 0 else _dearest_since(connection, asked_of)
-    else:
-        rows = connection.execute(_ADDED_UP, (ns, since_day, "~", carried(dimension), most)).fetchall()
-    sums = list(zip(map(text_of, map(_VALUE, rows)), _totals(map(_SUMS, rows)), strict=True))
-    sums.sort(key=_dearest)
-    return sums
+    if days[0][0] > _lacking_until(connection):
+        asked_of = {"ns": ns, "dimension": dimension, "day": days[0][0], "most": most}
+        return connection.execute(_SINCE, asked_of).fetchall() if most < 0 else _dearest_since(connection, asked_of)
+    return connection.execute(_ADDED_UP, (ns, since_day, "~", dimension, most)).fetchall()
 
 
 _VALUE: Final = itemgetter(0)
@@ -139,16 +143,12 @@ def _dearest_since(connection: sqlite3.Connection, asked: Mapping[str, Any]) -> 
     else may be, all are looked at; and where there are few.
     """
     asked = {**asked, "likely": max(_LIKELY_AT_LEAST, 4 * asked["most"])}
-    connection.execute("BEGIN")
-    try:
-        if connection.execute(_BEYOND, {**asked, "likely": _MANY * asked["likely"]}).fetchone() is not None:
-            rows = connection.execute(_DEAREST_OF_LIKELY, asked).fetchall()
-            (beyond,) = connection.execute(_BEYOND, asked).fetchone()
-            if len(rows) == asked["most"] and (not rows or rows[-1][1] > beyond):
-                return rows
-        return connection.execute(_DEAREST_SINCE, asked).fetchall()
-    finally:
-        connection.execute("COMMIT")
+    if connection.execute(_BEYOND, {**asked, "likely": _MANY * asked["likely"]}).fetchone() is not None:
+        rows = connection.execute(_DEAREST_OF_LIKELY, asked).fetchall()
+        (beyond,) = connection.execute(_BEYOND, asked).fetchone()
+        if len(rows) == asked["most"] and (not rows or rows[-1][1] > beyond):
+            return rows
+    return connection.execute(_DEAREST_SINCE, asked).fetchall()
 
 
 def _lacking_until(connection: sqlite3.Connection) -> str:

@@ -311,6 +311,43 @@ def test_who_spent_much_before_is_not_among_the_dearest_since(
     assert [(value, sums.cost_nano) for value, sums in found] == [("new", 2), ("old00", 1)]
 
 
+def test_a_late_record_of_an_earlier_day_is_seen_whole_or_not_at_all(
+    store: SqliteStore, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It changes which sums the next statement of a read goes by."""
+    for day in (0, 1):
+        store.append(record(user="ann", cost_nano=10, started_at=DAY + day * 86_400))
+    store.flush()
+    looks = summed._has_before
+
+    def late(connection: sqlite3.Connection, ns: int, day: str) -> bool:
+        found = looks(connection, ns, day)
+        store.append(record(user="ann", cost_nano=1_000, started_at=DAY - 86_400))
+        assert store.flush(10)
+        return found
+
+    monkeypatch.setattr(summed, "_has_before", late)
+    found = store.sums(dimension="user", since_day=day_of(DAY))
+    assert [(value, sums.cost_nano) for value, sums in found] == [("ann", 20)]
+
+
+def test_a_read_that_was_interrupted_does_not_hold_the_next_one_back(store: SqliteStore) -> None:
+    store.append(record(user="ann", cost_nano=10))
+    store.flush()
+
+    def interrupted(connection: sqlite3.Connection, ns: int) -> None:
+        connection.execute("BEGIN")
+        assert connection.execute("SELECT count(*) FROM records").fetchone() == (1,)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store._read(interrupted)
+    store.append(record(user="ann", cost_nano=10))
+    assert store.flush(10)
+    assert len(store.records()) == 2
+    assert store.sums(dimension="user")[0][1].cost_nano == 20
+
+
 def test_the_dearest_of_many_are_found_without_looking_at_all(store: SqliteStore) -> None:
     """Of 100,000 tenants it took 9 ms."""
     for number in range(500):
