@@ -26,6 +26,7 @@ from dspy_prod.telemetry.events import BUS
 from dspy_prod.testing import ScriptedEngine
 
 MODEL = "azure/gpt-4o-mini"
+PROVIDER = "azure.ai.openai"
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def make_lm(**policies: Any) -> dspy_prod.LM:
 
 
 def points(reader: InMemoryMetricReader, name: str) -> list[Any]:
-    """The data points of one metric."""
+    """The data points of one metric; none of calls that were left by a test before, and may end at any time."""
     data = reader.get_metrics_data()
     return [
         point
@@ -58,6 +59,8 @@ def points(reader: InMemoryMetricReader, name: str) -> list[Any]:
         for metric in scope.metrics
         if metric.name == name
         for point in metric.data.data_points
+        if point.attributes.get("gen_ai.provider.name", PROVIDER) == PROVIDER
+        or point.attributes.get("gen_ai.operation.name") == "embeddings"
     ]
 
 
