@@ -22,6 +22,8 @@ MANY: Final = 512
 """Items at which a thread begins to take them."""
 MOST: Final = 16_384
 """Items that may wait; further ones are counted as lost."""
+LONGEST: Final = 1.0
+"""Seconds that a reader takes items for; who waits for it gives up after ten. What is left is told the next time."""
 
 _BATCH: Final = 8
 _BREATH: Final = 0.0001
@@ -50,6 +52,7 @@ class Inbox:
     def _reset(self) -> None:
         self._items: deque[Any] = deque()
         self.taking = threading.RLock()
+        self._read: set[str] = set()
         self._begun_at = 0.0
         self._busy = self._held = False
 
@@ -65,11 +68,20 @@ class Inbox:
                 self._begin()
         items.append(item)
 
-    def empty(self) -> None:
-        """Take what has come so far."""
+    def empty(self, reader: str = "") -> None:
+        """Take what has come so far, for `LONGEST` at most: beside a thread that makes calls without a pause it takes
+        longer than they do. Once for all readers of a round, which ends when one of them reads again.
+        """
         with self.taking:
-            for _ in range(len(self._items)):
+            if self._read and reader not in self._read:
+                self._read.add(reader)
+                return
+            self._read = {reader}
+            until = time.monotonic() + LONGEST
+            for number in range(len(self._items)):
                 self._next()
+                if number % _BATCH == 0 and time.monotonic() > until:
+                    break
 
     def _next(self) -> bool:
         try:

@@ -84,7 +84,7 @@ class Instruments:
     def _counter(self, name: str) -> Callable[[CallbackOptions], Iterable[Observation]]:
         def read(_: CallbackOptions) -> Iterable[Observation]:
             inbox, sums = self.inbox, self.sums
-            inbox.empty()
+            inbox.empty(name)
             if name == catalogue.LOST:
                 told: list[tuple[float, Attributes]] = [(inbox.lost, ())]
             else:
