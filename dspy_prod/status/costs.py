@@ -19,6 +19,7 @@ from dspy_prod.errors import ConfigError, StoreUnavailableError
 from dspy_prod.pipeline.pipeline import Pipeline
 from dspy_prod.policies.budget import BudgetRule
 from dspy_prod.policies.sharing import refresh
+from dspy_prod.privacy.visible import carried
 from dspy_prod.records import NANO, OTHER, ROLLUP_DIMENSIONS, Totals, called
 from dspy_prod.runtime.clock import Clock
 from dspy_prod.runtime.reaper import REAPER
@@ -269,7 +270,7 @@ def cost_rows(sums: Iterable[tuple[str, Totals]]) -> list[CostRow]:
 def _row(value: str, totals: Totals) -> CostRow:
     cost, unconfirmed, unknown, attempts, cached, failed, input_tokens, output_tokens, saved, saved_known = totals
     cells = {
-        "value": called(value),
+        "value": called(value) if value.isascii() else carried(called(value)),  # JSON carries no half characters
         "usd": cost / NANO,
         "unconfirmed_usd": unconfirmed / NANO,
         "unknown_cost": unknown,

@@ -194,7 +194,7 @@ class Ledger(Protocol):
         ...
 
     def unconfirmed(self, since: float | None = None) -> list[CallRecord]:
-        """Records whose cost is an upper bound because nobody told it, newest first."""
+        """Records whose cost is an upper bound, above 0, because nobody told it; newest first."""
         ...
 
     def totals(

@@ -177,7 +177,7 @@ class MemoryStore(Lane):
         return view.matching(since, until, limit, equals)
 
     def unconfirmed(self, since: float | None = None) -> list[CallRecord]:
-        return [record for record in self.records(since=since) if record.estimated]
+        return [record for record in self.records(since=since) if record.estimated and (record.cost_nano or 0) > 0]
 
     def totals(
         self,

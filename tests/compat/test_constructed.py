@@ -15,7 +15,7 @@ from dspy_prod.status.spending import CostRow
 SUMS = Totals(*range(1_500_000_000, 1_500_000_000 + len(Totals._fields)))
 
 
-@pytest.mark.parametrize("value", ["u7", OTHER, f"\\{OTHER}", ""])
+@pytest.mark.parametrize("value", ["u7", OTHER, f"\\{OTHER}", "", "ä", "\udc80x"])
 def test_a_row_of_sums_is_one(value: str) -> None:
     made = cost_row(value, SUMS)
     validated = CostRow(**made.__dict__)

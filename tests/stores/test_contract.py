@@ -620,6 +620,9 @@ def test_sums_are_those_of_all_days_the_dearest_first(store: Store) -> None:
     ]
     assert store.sums(dimension="user", most=2) == found[:2]
     assert store.sums(dimension="user", most=0) == []
+    for many in (2**31, 2**59, 2**63 - 1):
+        assert store.sums(dimension="user", most=many) == found
+        assert len(store.sums(dimension="user", since_day="2025-11-24", most=many)) == 4
     assert [
         (value, sums.cost_nano) for value, sums in store.sums(dimension="user", since_day="2025-11-24", most=1)
     ] == [("u3", 3 * CENT)]
@@ -651,6 +654,9 @@ def test_unconfirmed_records_are_found_until_they_are_corrected(store: Store) ->
     assert store.correct("r0", 0)
     assert [row.id for row in store.unconfirmed()] == ["r8", "r6", "r3", "r2"]
     assert store.unconfirmed(DAY + 30 * 86_400.0) == []
+    store.append(record(id="free", started_at=DAY, cost_nano=0, estimated=True))
+    store.append(record(id="unknown", started_at=DAY + 4 * 86_400.0, cost_nano=None, estimated=True))
+    assert [row.id for row in store.unconfirmed()] == ["r8", "r6", "r3", "r2"]
 
 
 def test_a_correction_lets_a_waiting_call_go(store: Store) -> None:

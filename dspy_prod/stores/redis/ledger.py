@@ -133,7 +133,8 @@ class RedisLedger:
             if sums.unconfirmed_nano > 0:
                 begin = dt.datetime.fromisoformat(f"{day}T00:00:00+00:00").timestamp()
                 begin, end = begin if since is None else max(begin, since), begin + _DAY
-                found += [record for record in self.records(begin, end, None, {}) if record.estimated]
+                records = self.records(begin, end, None, {})
+                found += [record for record in records if record.estimated and (record.cost_nano or 0) > 0]
         return found
 
     def totals(

@@ -50,7 +50,7 @@ def read_unconfirmed(connection: sqlite3.Connection, ns: int, since: float | Non
     """Records whose cost is an upper bound, newest first. No hit, whose cost is 0, is one."""
     rows = connection.execute(
         f"SELECT {RECORD_COLUMNS} FROM records WHERE ns = ? AND estimated "
-        "AND started_at >= ? ORDER BY started_at DESC, seq DESC",
+        "AND cost_nano > 0 AND started_at >= ? ORDER BY started_at DESC, seq DESC",
         (ns, -inf if since is None else since),
     )
     return [record_of(row) for row in rows.fetchall()]

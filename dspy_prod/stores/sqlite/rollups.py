@@ -27,6 +27,8 @@ CREATE TABLE IF NOT EXISTS rollups (
     ns INTEGER, day TEXT, dimension TEXT, value TEXT, {_COLUMNS},
     PRIMARY KEY (ns, day, dimension, value)) WITHOUT ROWID
 """
+_BELOW: Final = "CREATE INDEX IF NOT EXISTS rollups_below ON rollups (ns, dimension) WHERE cost_nano < 0"
+"""Days that a hand has changed, and a correction then: who has one may have spent more since a day than ever."""
 _EVER: Final = f"""
 CREATE TABLE rollups_ever (
     id INTEGER PRIMARY KEY, ns INTEGER NOT NULL, dimension TEXT NOT NULL, value TEXT NOT NULL, last_day TEXT NOT NULL,
@@ -100,7 +102,13 @@ def bring_up_to_date(connection: sqlite3.Connection) -> None:
     lacking = _lacking(connection, "rollups")
     known = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE name GLOB 'rollups_*'")}
     whole = not any(_lacking(connection, table) for table in ("rollups", "rollups_ever", "rollups_before"))
-    if whole and known >= {"rollups_by_last_day", "rollups_by_cost", "rollups_before_of_id", *_TRIGGERS}:
+    if whole and known >= {
+        "rollups_below",
+        "rollups_by_last_day",
+        "rollups_by_cost",
+        "rollups_before_of_id",
+        *_TRIGGERS,
+    }:
         return  # also where a later release has made them: it knows more
     for name in _TRIGGERS:
         connection.execute(f"DROP TRIGGER IF EXISTS {name}")
@@ -108,7 +116,7 @@ def bring_up_to_date(connection: sqlite3.Connection) -> None:
         connection.execute(f"ALTER TABLE rollups ADD COLUMN {name} INTEGER NOT NULL DEFAULT 0")
     for name in ("rollups_ever", "rollups_before"):
         connection.execute(f"DROP TABLE IF EXISTS {name}")
-    for statement in (_EVER, _BY_LAST_DAY, _BY_COST, _BEFORE, _BY_ID):
+    for statement in (_BELOW, _EVER, _BY_LAST_DAY, _BY_COST, _BEFORE, _BY_ID):
         connection.execute(statement)
     connection.execute(
         f"INSERT INTO rollups_ever (ns, dimension, value, last_day, {TOTALS}) "

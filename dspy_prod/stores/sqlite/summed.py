@@ -55,10 +55,15 @@ _LIKELY: Final = """
     ORDER BY cost_nano DESC, value LIMIT :likely
 """
 _LIKELY_AT_LEAST: Final = 512
+_ALL: Final = 2**32
+"""More than there are, and not too many for SQLite."""
 _MANY: Final = 4
 """Times as many as are likely."""
 _BEYOND: Final = f"SELECT ever FROM ({_LIKELY} + 1) LIMIT 1 OFFSET :likely"
 """The cost of the dearest one that is not likely."""
+_BELOW: Final = (
+    "SELECT 1 FROM rollups INDEXED BY rollups_below WHERE ns = :ns AND dimension = :dimension AND cost_nano < 0 LIMIT 1"
+)
 _DEAREST_OF_LIKELY: Final = _dearest_of(
     f"""
     likely AS ({_LIKELY}),
@@ -104,7 +109,7 @@ def read_sums(
 ) -> list[tuple[str, Totals]]:
     """(value, sums over the days) of one dimension, the dearest first."""
     with snapshot(connection):  # late records and other releases change what the next statement goes by
-        rows = _read_sums(connection, ns, carried(dimension), since_day, -1 if most is None else most)
+        rows = _read_sums(connection, ns, carried(dimension), since_day, -1 if most is None else min(most, _ALL))
     sums = list(zip(map(text_of, map(_VALUE, rows)), _totals(map(_SUMS, rows)), strict=True))
     sums.sort(key=_dearest)
     return sums
@@ -142,8 +147,9 @@ def _dearest_since(connection: sqlite3.Connection, asked: Mapping[str, Any]) -> 
     """Who spent most since some day is as a rule one of those who spent most ever, whom an index knows. Where somebody
     else may be, all are looked at; and where there are few.
     """
-    asked = {**asked, "likely": max(_LIKELY_AT_LEAST, 4 * asked["most"])}
-    if connection.execute(_BEYOND, {**asked, "likely": _MANY * asked["likely"]}).fetchone() is not None:
+    asked = {**asked, "likely": min(max(_LIKELY_AT_LEAST, 4 * asked["most"]), _ALL)}
+    many = connection.execute(_BEYOND, {**asked, "likely": _MANY * asked["likely"]}).fetchone() is not None
+    if many and connection.execute(_BELOW, asked).fetchone() is None:
         rows = connection.execute(_DEAREST_OF_LIKELY, asked).fetchall()
         (beyond,) = connection.execute(_BEYOND, asked).fetchone()
         if len(rows) == asked["most"] and (not rows or rows[-1][1] > beyond):

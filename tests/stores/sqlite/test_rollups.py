@@ -311,6 +311,25 @@ def test_who_spent_much_before_is_not_among_the_dearest_since(
     assert [(value, sums.cost_nano) for value, sums in found] == [("new", 2), ("old00", 1)]
 
 
+def test_what_is_corrected_after_a_hand_has_moved_it_hides_nobody(
+    store: SqliteStore, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The day is below zero then, and more was spent since than ever."""
+    monkeypatch.setattr(summed, "_LIKELY_AT_LEAST", 4)
+    for number in range(30):
+        for day in (-1, 0, 1):
+            store.append(record(user=f"u{number:02}", cost_nano=100 + number, started_at=DAY + day * 86_400))
+    early = record(user="ann", cost_nano=9_000, estimated=True, started_at=DAY - 86_400)
+    store.append(early)
+    store.append(record(user="ann", cost_nano=5_000, started_at=DAY))
+    store.flush()
+    with by_hand(path) as connection:
+        connection.execute("UPDATE rollups SET value = 'eve' WHERE value = 'ann' AND day = ?", (day_of(DAY - 86_400),))
+    assert store.correct(early.id, 100)
+    found = store.sums(dimension="user", since_day=day_of(DAY), most=1)
+    assert [(value, sums.cost_nano) for value, sums in found] == [("ann", 5_000)]
+
+
 def test_a_late_record_of_an_earlier_day_is_seen_whole_or_not_at_all(
     store: SqliteStore, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
