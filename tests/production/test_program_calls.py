@@ -192,6 +192,7 @@ def test_a_cancelled_call_is_abandoned(make: Make) -> None:
     async def leave() -> None:
         with dspy.context(lm=lm):
             task = asyncio.create_task(Production(qa(), "triage", "sorry").acall(question="q"))
+            await asyncio.sleep(0)  # it begins
             await asyncio.sleep(0.2)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
