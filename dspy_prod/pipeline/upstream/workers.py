@@ -7,8 +7,9 @@ import contextvars
 import threading
 import time
 from collections.abc import Callable
+from math import inf
 from queue import Empty, SimpleQueue
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from dspy.lm15 import Request
 from dspy.utils.exceptions import LMLockTimeoutError
@@ -17,9 +18,6 @@ from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.runtime.threads import begin
 
 T = TypeVar("T")
-
-LOOK_UP: Final = 1.0
-"""Seconds after which whoever waits looks up: a Ctrl-C that comes just as he begins to wait does not wake him."""
 
 
 class Job(Generic[T]):
@@ -56,10 +54,7 @@ class Job(Generic[T]):
 
     def wait(self, until: float) -> bool:
         """Whether the job ended by `until` (monotonic)."""
-        left = until - time.monotonic()
-        while left > LOOK_UP and not self._done.wait(LOOK_UP):
-            left = until - time.monotonic()
-        return self._done.wait(max(0.0, min(left, LOOK_UP)))
+        return self._done.wait(None if until == inf else max(0.0, until - time.monotonic()))
 
     def on_end(self, report: Callable[[T | None, BaseException | None], None]) -> None:
         """Call `report` when the job ends, or now if it has ended. At most one report is made.
